@@ -1,0 +1,48 @@
+"""Does it learn what can be worked out by hand? Every reward, opponent and seed with the default settings, on the embedded model.
+
+    python benchmarks/learning.py                 # 40 constrained runs, 12 with free sampling, 2 for the shadow of the future
+    python benchmarks/learning.py --seeds 1       # a quick look
+
+Prints one line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds; then the number of misses. An entry that
+the reward decides (METHOD's table: 0 or 1) must be within 0.05; `*` marks the entries it leaves open.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMA = {"game": "0000", "utilitarian": "1111", "deontological": "1*1*", "game+deontological": "1010"}
+
+
+def measure(out, reward, optimum, *options):
+    """One run of train.py in a process of its own; prints its line and returns whether it met the optimum."""
+    subprocess.run([sys.executable, ROOT / "train.py", "--reward", reward, "--out", out, *map(str, options)], check=True, capture_output=True)
+    result = json.loads((out / "result.json").read_text())
+    policy = list(result["policy_after"].values())
+    before, after = (max(result[key].values()) for key in ("illegal_before", "illegal_after"))
+    met = after <= 0.02 and all(best == "*" or abs(p - int(best)) <= 0.05 for p, best in zip(policy, optimum))
+    print(f"{reward:20}{' '.join(map(str, options)):52}{' '.join(f'{p:.3f}' for p in policy)}  {optimum}  illegal {before:.2f} -> {after:.3f}  "
+          f"{result['seconds']:5.1f} s  {'ok' if met else 'MISS'}", flush=True)
+    return met
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="constrained runs per reward and opponent (free sampling: at most 3)")
+    seeds = range(1, parser.parse_args().seeds + 1)
+    jobs = [(reward, OPTIMA[reward], "--opponent", opponent, "--seed", seed)
+            for opponent in ("tit-for-tat", "random") for reward in OPTIMA for seed in seeds]
+    jobs += [(reward, OPTIMA[reward], "--sampling", "free", "--seed", seed) for reward in OPTIMA for seed in seeds[:3]]
+    jobs += [("game", "1***", "--gamma", 0.9), ("game", "0000", "--gamma", 0.0)]
+    with tempfile.TemporaryDirectory() as folder:
+        misses = sum(not measure(Path(folder) / str(i), *job) for i, job in enumerate(jobs))
+    print(f"{len(jobs)} runs, {misses} misses")
+    sys.exit(misses > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The rewards cell by cell, and the optima that follow from them by hand (METHOD: one-step argument)."""
+
+import numpy as np
+import pytest
+
+from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, payoff_array
+from rewards import REWARDS, reward_table
+
+IPD = payoff_array("ipd")
+
+
+def test_every_cell_of_the_prisoners_dilemma():
+    for s, state in enumerate(STATES):
+        betrayal = -3 if state[1] == "C" else 0
+        for other in (C, D):
+            own = {(C, C): 3, (C, D): 0, (D, C): 4, (D, D): 1}
+            total = {(C, C): 6, (C, D): 4, (D, C): 4, (D, D): 2}
+            for move in (C, D):
+                assert reward_table("game", IPD)[s, move, other] == own[move, other]
+                assert reward_table("utilitarian", IPD)[s, move, other] == total[move, other]
+                assert reward_table("deontological", IPD)[s, move, other] == (betrayal if move == D else 0)
+                assert reward_table("game+deontological", IPD)[s, move, other] == own[move, other] + (betrayal if move == D else 0)
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize("game", GAMES)
+def test_illegal_reward_and_xi(reward, game):
+    table = reward_table(reward, payoff_array(game), xi=4, illegal=-9)
+    assert (table[:, ILLEGAL] == -9).all()
+    change = table - reward_table(reward, payoff_array(game), xi=3, illegal=-9)
+    penalised = np.zeros((4, 3, 2))
+    penalised[[0, 2], D] = -1 if "deontological" in reward else 0  # states CC and DC: the opponent's last move was C
+    assert (change == penalised).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("reward, optimum", [("game", (D, D, D, D)), ("utilitarian", (C, C, C, C)),
+                                             ("deontological", (C, None, C, None)), ("game+deontological", (C, D, C, D))])
+def test_optima_in_the_prisoners_dilemma(reward, optimum, strategy):
+    seen_by_opponent = [0, 2, 1, 3]  # its state is the player's with the two moves swapped
+    p = np.array(STRATEGIES[strategy])[seen_by_opponent]
+    expected = (reward_table(reward, IPD) * np.stack([p, 1 - p], -1)[:, None]).sum(-1)[:, :2]
+    for s, move in enumerate(optimum):
+        if move is None:
+            assert expected[s, C] == expected[s, D] == 0
+        else:
+            assert expected[s].argmax() == move and expected[s, move] > expected[s, 1 - move]

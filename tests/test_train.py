@@ -1,0 +1,199 @@
+"""The door: what a user types, what the run folder holds, and what happens to bad input."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+import train
+from conftest import ROOT, random_model
+
+SHORT = ["--episodes", "48", "--batch", "16"]
+
+
+def run(out, *options):
+    """A run in this process; its result.json."""
+    train.main(["--out", str(out), *options])
+    return json.loads((out / "result.json").read_text())
+
+
+# -------------------------------------------------------------------------------------------------------------------- learning
+# All seeds, rewards and opponents are in benchmarks/learning.py; here one of each.
+
+@pytest.mark.parametrize("reward, optimum", [("game", [0, 0, 0, 0]), ("utilitarian", [1, 1, 1, 1]), ("deontological", [1, None, 1, None]),
+                                             ("game+deontological", [1, 0, 1, 0])])
+def test_learns_the_optimum_worked_out_by_hand(reward, optimum, tmp_path):
+    result = run(tmp_path / "run", "--reward", reward)
+    for p, best in zip(result["policy_after"].values(), optimum):
+        assert best is None or abs(p - best) <= 0.05
+    assert any(best is not None and abs(p - best) > 0.05 for p, best in zip(result["policy_before"].values(), optimum))
+
+
+def test_learns_to_be_legal(tmp_path):
+    result = run(tmp_path / "run", "--reward", "utilitarian", "--sampling", "free", "--opponent", "random")
+    assert 0.2 <= np.mean(list(result["illegal_before"].values())) <= 0.7
+    assert max(result["illegal_after"].values()) <= 0.02 and min(result["policy_after"].values()) >= 0.95
+
+
+def test_shadow_of_the_future(tmp_path):
+    patient = run(tmp_path / "patient", "--reward", "game", "--gamma", "0.9")
+    assert patient["policy_after"]["CC"] >= 0.95
+
+
+# ------------------------------------------------------------------------------------------------------------------ the run folder
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of seed 1 and one of seed 2, short ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(folder / name, "--reward", "utilitarian", "--sampling", "free", "--seed", seed, *SHORT, *(["--merge"] if name == "a" else []))
+    return folder
+
+
+def test_same_seed_same_bytes(runs):
+    for file in ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors"):
+        a, b, c = ((runs / name / file).read_bytes() for name in "abc")
+        assert a == b and a != c
+
+
+def test_metrics(runs):
+    rows = list(csv.DictReader(open(runs / "a" / "metrics.csv")))
+    assert [int(row["episodes"]) for row in rows] == [16, 32, 48]
+    for row in rows:
+        assert sum(int(row[kind]) for kind in train.ACTION_TYPES) == 16 * 5
+        assert -6 <= float(row["reward"]) <= 6
+    assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6) and float(rows[-1]["kl"]) > 1e-4  # it starts as the base model
+    assert float(rows[0]["kl_coef"]) == train.DEFAULTS["embedded"]["kl_coef"] > float(rows[1]["kl_coef"])
+
+
+def test_result_and_config(runs):
+    result = json.loads((runs / "a" / "result.json").read_text())
+    assert list(result) == ["reward", "opponent", "seed", "seconds", "policy_before", "policy_after", "illegal_before", "illegal_after"]
+    assert (result["reward"], result["opponent"], result["seed"]) == ("utilitarian", "tit-for-tat", 1)
+    first = next(csv.DictReader(open(runs / "a" / "metrics.csv")))
+    for state, p in result["policy_before"].items():
+        assert p == pytest.approx(float(first[f"P(C|{state})"]), abs=1e-5)
+    config = json.loads((runs / "a" / "config.json").read_text())
+    assert config["lr"] == train.DEFAULTS["embedded"]["lr"] and config["sampling"] == "free" and "torch" in config["versions"]
+
+
+def test_adapter_reproduces_the_policy_after(runs):
+    """The saved adapter, loaded on a fresh base, has the policy that result.json reports; so has the merged model."""
+    from envs import C, payoff_array, prompts
+    from lora import load_adapter
+    from ppo import Policy, encode, load_model
+    reported = list(json.loads((runs / "a" / "result.json").read_text())["policy_after"].values())
+    for path, name in ((ROOT / "tiny", "player"), (runs / "a" / "merged", None)):
+        model, tokenizer = load_model(path, "cpu", "float32")
+        if name:
+            load_adapter(model, name, runs / "a")
+        texts, answers = encode(tokenizer, prompts(payoff_array("ipd"), ("action1", "action2")), ("action1", "action2"))
+        table = Policy(model, name, texts, answers, free=True)()[0].detach().exp().numpy().reshape(4, 4, 3)
+        assert table[..., C].mean(1) == pytest.approx(reported, abs=1e-5)
+
+
+def test_last_batch_may_be_smaller(tmp_path):
+    run(tmp_path / "run", "--reward", "game", "--episodes", "20", "--batch", "16", "--rounds", "3")
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    assert [int(row["episodes"]) for row in rows] == [16, 20] and sum(int(rows[1][kind]) for kind in train.ACTION_TYPES) == 4 * 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_any_causal_model_trains(kind, tmp_path, tiny):
+    """Another architecture with random weights, the embedded tokenizer, and the paper's defaults."""
+    model = random_model(kind)
+    model.resize_token_embeddings(len(tiny[1]))
+    model.save_pretrained(tmp_path / "model")
+    tiny[1].save_pretrained(tmp_path / "model")
+    run(tmp_path / "run", "--reward", "utilitarian", "--model", str(tmp_path / "model"), "--episodes", "2")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["rank"], config["batch"], config["lr"]) == (64, 1, 1.41e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- bad input
+
+def refused(capsys, argv, *words):
+    """The command ends with code 2 and one line on stderr that has all `words` in it."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("options, words", [
+    ([], ["--reward"]), (["--reward", "kind"], ["--reward", "utilitarian"]), (["--game", "poker"], ["--game", "ipd"]),
+    (["--opponent", "nobody"], ["--opponent", "tit-for-tat"]), (["--opponent", "1", "0", "1"], ["--opponent", "four"]),
+    (["--opponent", "1", "0", "1", "2"], ["--opponent", "each from 0 to 1"]),
+    (["--opponent", "nan", "0", "1", "0"], ["--opponent", "four"]),
+    (["--episodes", "0"], ["--episodes", "at least 1"]), (["--episodes", "-5"], ["--episodes"]), (["--batch", "0"], ["--batch"]),
+    (["--batch", "1.5"], ["--batch"]), (["--rounds", "0"], ["--rounds"]), (["--rank", "0"], ["--rank", "at least 1"]),
+    (["--alpha", "0"], ["--alpha", "above 0"]), (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--lr", "inf"], ["--lr"]),
+    (["--lr", "fast"], ["--lr"]), (["--xi", "-1"], ["--xi"]), (["--illegal", "nan"], ["--illegal"]), (["--epochs", "0"], ["--epochs"]),
+    (["--clip", "0"], ["--clip"]), (["--kl-coef", "-0.1"], ["--kl-coef"]), (["--kl-target", "0"], ["--kl-target"]),
+    (["--vf-coef", "-1"], ["--vf-coef"]), (["--gamma", "1.1"], ["--gamma", "from 0 to 1"]), (["--seed", "-1"], ["--seed"]),
+    (["--dtype", "int8"], ["--dtype"]), (["--sampling", "greedy"], ["--sampling"]), (["--actions", "A"], ["--actions"]),
+    (["--actions", "A", "A"], ["--actions", "differ"]), (["--actions", "", "A"], ["--actions", "non-empty"]),
+    (["--actions", "action", "action1"], ["--actions", "told apart"]), (["--device", "abacus"], ["--device"]),
+    (["--model", "no/such-model"], ["--model", "no/such-model"]), (["--model", "tests"], ["--model"]), (["--colour", "red"], ["--colour"]),
+])
+def test_bad_options(options, words, capsys, tmp_path):
+    reward = [] if not options or "--reward" in options else ["--reward", "game"]
+    refused(capsys, [*reward, *options, "--out", str(tmp_path / "run")], *words)
+    assert not (tmp_path / "run").exists()
+
+
+def damaged_model(tmp_path, change):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "tiny", folder, ignore=shutil.ignore_patterns("*.py", "*.md", "__pycache__"))
+    change(folder)
+    return str(folder)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def only_a_pickle(folder):
+    import torch
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("change", [truncate, only_a_pickle, lambda f: (f / "config.json").write_text("{"),
+                                    lambda f: (f / "model.safetensors").unlink(), lambda f: (f / "tokenizer.json").unlink()])
+def test_damaged_models_are_refused(change, capsys, tmp_path):
+    refused(capsys, ["--reward", "game", "--model", damaged_model(tmp_path, change), "--out", str(tmp_path / "run")], "--model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(capsys, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(capsys, ["--reward", "game", "--out", str(tmp_path)], "--out", "--overwrite")
+    refused(capsys, ["--reward", "game", "--out", str(tmp_path), "--overwrite"], "--out", "not a run folder")
+    refused(capsys, ["--reward", "game", "--out", str(tmp_path / "thesis.tex"), "--overwrite"], "--out", "not a run folder")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_overwrite_replaces_a_run_but_not_before_the_input_is_checked(capsys, tmp_path):
+    out = tmp_path / "run"
+    run(out, "--reward", "game", *SHORT)
+    old = (out / "result.json").read_bytes()
+    refused(capsys, ["--reward", "game", "--out", str(out), "--overwrite", "--model", "no/such-model"], "--model")
+    assert (out / "result.json").read_bytes() == old
+    assert run(out, "--reward", "utilitarian", "--overwrite", *SHORT)["reward"] == "utilitarian"
+
+
+def test_help_and_errors_come_from_the_script_itself():
+    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "python train.py --reward utilitarian" in shown.stdout
+    failed = subprocess.run([sys.executable, "train.py", "--reward", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stdout == "" and len(failed.stderr.strip().splitlines()) == 1
