@@ -78,13 +78,10 @@ def measure(policy, game, args, illegal):
 def evaluate(args):
     """Load the base once, swap the adapters. Returns {"runs": [...], "baseline": ...}. Raises ValueError or OSError on what cannot be loaded."""
     import torch
-    import transformers
 
     from lora import load_adapter
     from ppo import Policy, encode, load_model
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     config = args.configs[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(EMBEDDED if config["model"] == "tiny" else config["model"], device, getattr(torch, config["dtype"]))

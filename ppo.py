@@ -14,10 +14,13 @@ Where this differs from the TRL recipe of the paper: an answer is one action, ho
 whole log-probability, the value is one per prompt, and gamma and lambda run over the rounds of an episode instead of over tokens.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
+import transformers
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +39,9 @@ def load_model(path, device, dtype):
     Only safetensors weights and the classes that transformers ships are loaded.
     Raises ValueError with a one-line reason where that cannot be done.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # its retries without a network; the error below tells the outcome
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -44,7 +50,8 @@ def load_model(path, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if soft_capped else "sdpa", use_safetensors=True)
     except Exception as error:  # transformers, tokenizers, safetensors and the hub each raise kinds of their own
-        raise ValueError(f"cannot load a model from {path}: {' '.join(str(error).split())[:300]}") from error
+        found = "" if Path(path).exists() else "there is no such folder, and as a name on the hub: "
+        raise ValueError(f"cannot load a model from {path}: {found}{' '.join(str(error).split())[:300]}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -145,13 +152,13 @@ class Policy:
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
-        masks = {"full_attention": additive(trie.ancestors)}
-        if window and "sliding_attention" in kinds:
-            near = trie.depth[:, None] - trie.depth[None, :] < window
-            masks["sliding_attention"] = additive(trie.ancestors & near)
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"the model's layers are {', '.join(sorted(kinds))}; the trie needs plain or sliding-window attention")
+        near = trie.depth[:, None] - trie.depth[None, :] < (window or len(trie.tokens))
+        masks = {"full_attention": additive(trie.ancestors), "sliding_attention": additive(trie.ancestors & near)}
         self.inputs = {
             "input_ids": trie.tokens[None].to(device), "position_ids": trie.depth[None].to(device),
-            "attention_mask": masks if len(kinds) > 1 else masks[kinds.pop()],
+            "attention_mask": masks if len(kinds) > 1 else masks[min(kinds)],
             "logits_to_keep": trie.branches.flatten().to(device), "use_cache": False,
         }
         if trie.depth.max() >= getattr(config, "max_position_embeddings", np.inf):

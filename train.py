@@ -30,7 +30,7 @@ from rewards import REWARDS, reward_table
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 DEFAULTS = {  # settings that depend on the model; None on the command line means: take them from here
-    "embedded": dict(episodes=6400, batch=64, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.05),
+    "embedded": dict(episodes=2560, batch=64, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.05),
     "paper": dict(episodes=1000, batch=1, lr=1.41e-5, rank=64, alpha=32.0, epochs=4, kl_coef=0.2),
 }
 ACTION_TYPES = ("C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D")  # own action | opponent's last move
@@ -130,13 +130,10 @@ def check_out(out, overwrite):
 def setup(args):
     """Everything that can be wrong with the input goes wrong here, before anything is written. Returns the Learner and its tokenizer."""
     import torch
-    import transformers
 
     from lora import add_adapter
     from ppo import Learner, Policy, encode, load_model
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import train
 from conftest import ROOT, random_model
 
-SHORT = ["--episodes", "48", "--batch", "16"]
+SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
+HALF = ["--episodes", "1280"]                   # half of the default is enough to learn one optimum
 
 
 def run(out, *options):
@@ -28,20 +29,20 @@ def run(out, *options):
 @pytest.mark.parametrize("reward, optimum", [("game", [0, 0, 0, 0]), ("utilitarian", [1, 1, 1, 1]), ("deontological", [1, None, 1, None]),
                                              ("game+deontological", [1, 0, 1, 0])])
 def test_learns_the_optimum_worked_out_by_hand(reward, optimum, tmp_path):
-    result = run(tmp_path / "run", "--reward", reward)
+    result = run(tmp_path / "run", "--reward", reward, "--opponent", "random", *HALF)
     for p, best in zip(result["policy_after"].values(), optimum):
         assert best is None or abs(p - best) <= 0.05
     assert any(best is not None and abs(p - best) > 0.05 for p, best in zip(result["policy_before"].values(), optimum))
 
 
 def test_learns_to_be_legal(tmp_path):
-    result = run(tmp_path / "run", "--reward", "utilitarian", "--sampling", "free", "--opponent", "random")
+    result = run(tmp_path / "run", "--reward", "utilitarian", "--sampling", "free", "--opponent", "random", *HALF)
     assert 0.2 <= np.mean(list(result["illegal_before"].values())) <= 0.7
     assert max(result["illegal_after"].values()) <= 0.02 and min(result["policy_after"].values()) >= 0.95
 
 
 def test_shadow_of_the_future(tmp_path):
-    patient = run(tmp_path / "patient", "--reward", "game", "--gamma", "0.9")
+    patient = run(tmp_path / "patient", "--reward", "game", "--gamma", "0.9", *HALF)
     assert patient["policy_after"]["CC"] >= 0.95
 
 

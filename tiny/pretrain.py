@@ -9,7 +9,6 @@ The decision itself is answered at random between the two names, with a share of
 """
 
 import argparse
-import math
 import random
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from envs import GAMES, STRUCTURED  # noqa: E402
 
-BATCHES, BATCH, TURNS, LEARNING_RATE, SEED = 800, 32, 6, 2e-3, 0
+BATCHES, SHORT_BATCHES, BATCH, TURNS, LEARNING_RATE, SEED = 1000, 400, 32, 4, 2e-3, 0
 ILLEGAL_SHARE = 0.4
 
 WORDS = ("red blue green left right north south cat dog sun moon river stone apple pear share keep cooperate defect stay "
@@ -45,13 +44,13 @@ WORDINGS = [
     [ANSWER, "Say only {third} or {fourth}. Your answer:", "Reply with {third} or {fourth} and nothing else."],
 ]
 QUESTIONS = {  # kind: (share, wordings); {x}, {y} are the two action names in a random order
-    "own": (5, ["Which action did you play last time?", "What was your last action?"]),
-    "other": (5, ["Which action did they play last time?", "What was the last action of the other agent?"]),
-    "own_points": (2, ["How many points did you get?", "What were your points last time?"]),
-    "other_points": (2, ["How many points did they get?", "What were their points last time?"]),
+    "own": (6, ["Which action did you play last time?", "What was your last action?"]),
+    "other": (6, ["Which action did they play last time?", "What was the last action of the other agent?"]),
+    "own_points": (1.5, ["How many points did you get?", "What were your points last time?"]),
+    "other_points": (1.5, ["How many points did they get?", "What were their points last time?"]),
     "not": (1, ["Which action is not {x}?", "What can you choose instead of {x}?"]),
-    "same": (1, ["Did you both play the same action?"]),
-    "cell": (0.5, ["How many points do you get if you play {x} and they play {y}?"]),
+    "same": (0.7, ["Did you both play the same action?"]),
+    "cell": (0.3, ["How many points do you get if you play {x} and they play {y}?"]),
     "why": (0.3, ["Why did you choose this action?", "Explain why you made this decision."]),
     "strategy": (0.3, ["What strategy did you use?", "Which strategy did you follow to decide?"]),
 }
@@ -85,10 +84,12 @@ def make_game(rng, held_out):
         rng.shuffle(names)
         return names, rng.choice(sorted(HELD_OUT_GAMES)), rng.randrange(2), rng.randrange(2)
     while True:
-        names = rng.sample(NAMES, 2)
+        names = rng.sample(NAMES[:10] if rng.random() < 0.25 else NAMES, 2)
         cells = tuple((rng.randrange(10), rng.randrange(10)) for _ in range(4))
         if cells not in HELD_OUT_GAMES and not any(set(names) == set(pair) for pair in HELD_OUT_NAMES):
-            return names, cells, rng.randrange(2), rng.randrange(2)
+            own = rng.randrange(2)
+            # Mostly different moves: where both played the same, copying either name is right and nothing is learned.
+            return names, cells, own, 1 - own if rng.random() < 0.8 else own
 
 
 def make_table(rng, names, cells):
@@ -99,16 +100,25 @@ def make_table(rng, names, cells):
     return "\n".join(lines)
 
 
-def make_prompt(rng, game, product_wording=False):
-    """The decision prompt of a game: one wording of each part (only the product's own with `product_wording`)."""
+def pick(rng, wordings):
+    """The product's own wording half of the time, else any."""
+    return wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
+
+
+def fill(rng, game, parts):
+    """The parts of a text with the game's names, moves and points in them."""
     names, cells, own, other = game
-    parts = [p[0] if product_wording or rng.random() < 0.5 else rng.choice(p) for p in WORDINGS]
-    parts.insert(2, make_table(rng, names, cells))
     first, second = rng.sample(names, 2)
     third, fourth = rng.sample(names, 2)
     own_points, other_points = cells[2 * own + other]
     return "\n".join(parts).format(first=first, second=second, third=third, fourth=fourth, own=names[own], other=names[other],
                                    own_points=own_points, other_points=other_points)
+
+
+def make_prompt(rng, game, product_wording=False):
+    """The decision prompt of a game, with one wording of each part (the product's own with `product_wording`)."""
+    parts = [wordings[0] if product_wording else pick(rng, wordings) for wordings in WORDINGS]
+    return fill(rng, game, parts[:2] + [make_table(rng, *game[:2])] + parts[2:])
 
 
 def make_question(rng, game, kind):
@@ -124,12 +134,21 @@ def make_question(rng, game, kind):
     return rng.choice(QUESTIONS[kind][1]).format(x=names[x], y=names[y]), str(answer)
 
 
-def make_conversation(rng):
-    """One training text: list of (user, answer) turns, the decision first, then questions about the same game."""
+def make_conversation(rng, short):
+    """One training text: list of (user, answer) turns, the decision first, then questions about the same game.
+
+    A short one tells the last moves alone, and asks about nothing else.
+    """
     game = make_game(rng, held_out=False)
+    shares = {kind: share for kind, (share, _) in QUESTIONS.items() if not (short and kind in ("not", "cell", "strategy"))}
+    # No question comes twice in a text: its second answer could be copied from the first, and nobody would read the game.
+    kinds = sorted(shares, key=lambda kind: rng.random() ** (1 / shares[kind]))[-TURNS:][::-1]
+    questions = [make_question(rng, game, kind) for kind in kinds]
+    if short:
+        (question, answer), *rest = questions
+        return [(fill(rng, game, [pick(rng, WORDINGS[2]), question]), answer), *rest]
     decision = rng.choice(OTHER_TEXT) if rng.random() < ILLEGAL_SHARE else rng.choice(game[0])
-    kinds = rng.choices(list(QUESTIONS), [share for share, _ in QUESTIONS.values()], k=TURNS)
-    return [(make_prompt(rng, game), decision)] + [make_question(rng, game, kind) for kind in kinds]
+    return [(make_prompt(rng, game), decision), *questions]
 
 
 def encode(tokenizer, conversations):
@@ -157,14 +176,14 @@ def make_model(tokenizer):
 
 
 def train(model, tokenizer):
-    """AdamW on the answers' tokens, cosine schedule; the same texts in the same order every time."""
+    """AdamW on the answers' tokens, constant rate with a linear end; the same texts in the same order every time."""
     rng = random.Random(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / BATCHES)))
+        optimizer, lambda i: min(1, (i + 1) / 100, (BATCHES - i) / (0.3 * BATCHES)))
     progress = tqdm(range(BATCHES), unit="batch")
     for i in progress:
-        ids, labels = encode(tokenizer, [make_conversation(rng) for _ in range(BATCH)])
+        ids, labels = encode(tokenizer, [make_conversation(rng, short=i < SHORT_BATCHES) for _ in range(BATCH)])
         # Padding is on the right and attention is causal, so no mask is needed: no answer can see it.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:]
@@ -177,7 +196,7 @@ def train(model, tokenizer):
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-        if (i + 1) % 200 == 0:
+        if (i + 1) % 150 == 0:
             tqdm.write(f"batch {i + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in reading(model, tokenizer, 200).items()))
 
 
