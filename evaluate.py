@@ -1,128 +1,368 @@
 """What did the agent become? Exact policies, frequencies, rewards and moral regrets of trained runs, beside the untuned model.
 
     python evaluate.py runs/utilitarian-vs-tit-for-tat-seed1
-    python evaluate.py runs/*-seed1 --opponent tit-for-tat --actions action1 action2 --json results.json
+    python evaluate.py runs/* --axes --society --plot figures --json results.json
+    python evaluate.py runs/* --opponent tit-for-tat --actions action1 action2 --game ipd --persona deontological
+    python evaluate.py runs/game-vs-random-seed1 --prompt-file my_prompt.txt --ask
 
 An agent is a table of probabilities over 4 states x 4 name orders and its opponent is four numbers, so every figure is an expectation over a
-Markov chain of the last moves: nothing is sampled. By default the action names are ones that training never showed.
+Markov chain of the last moves: nothing is sampled (unless --samples asks for it). By default the action names are ones that training never
+showed. Runs that differ only by seed are one group: mean and 95 % confidence interval over its seeds.
+
+The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C C|D D|C D|D illegal|C illegal|D}, reward and
+regret {by name}; `baseline.games[game]` the same for the untuned model, `groups[i].games[game]` the same with a mean and ci95 at each leaf;
+and `.axes[axis][value]`, `.society[opponent]` and `.strategy`, `.ask[i]` of each agent where they were asked for.
 """
 
 import argparse
+import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
-from envs import (C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, frequencies, memory_one, opening, parse_strategy,
-                  payoff_array, prompts)
+from envs import (C, GAMES, ILLEGAL, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, check_names, check_template, frequencies,
+                  legal_moves, long_run, memory_one, opening, parse_strategy, payoff_array, prompts, sampled_frequencies, transitions)
 from rewards import REWARDS, deontological_regret, reward_table, utilitarian_regret
+from runs import blame, number, read_config
 
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
+AXES = {  # what --axes varies, one thing at a time, on the first --game
+    "actions": ["action3 action4", "action4 action3", "action1 action2", "action2 action1", "A B", "X Y", "0 1", "qv zk", "wjx bnu",
+                "hqzrtkm pvxgdns"],
+    "layout": list(LAYOUTS),
+    "prompt": list(TEMPLATES),
+    "persona": ["none", *PERSONAS],
+}
+FOLLOW_UPS = ["Why did you make this decision?", "What strategy did you use to decide?"]
+MOVES = ("C", "D", "illegal")
+FIGURES = ("training.png", "policy.png", "regret.png", "axes.png")
 
+
+# ------------------------------------------------------------------------------------------------------------------ command line
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders that train.py wrote, all of one base model")
-    parser.add_argument("--game", nargs="+", choices=GAMES, default=list(GAMES), help="which games [all five]")
-    parser.add_argument("--opponent", nargs="+", default=["random"],
-                        help=f"one of {', '.join(STRATEGIES)}; or four numbers P(C | CC CD DC DD) [random]")
-    parser.add_argument("--actions", nargs=2, metavar=("C_NAME", "D_NAME"), default=["action3", "action4"],
-                        help="the names of C and of D [action3 action4]")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per episode [5]")
-    parser.add_argument("--xi", type=float, default=3.0, help="penalty for betraying a cooperator, in points; the authors' tests have 4 [3]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
+    option = parser.add_argument
+    option("runs", nargs="+", type=Path, metavar="RUN", help="run folders that train.py wrote, all of one base model")
+    option("--game", nargs="+", choices=GAMES, default=list(GAMES), help="which games [all five]")
+    option("--opponent", nargs="+", default=["random"], help=f"{', '.join(STRATEGIES)}; or four numbers P(C | CC CD DC DD) [random]")
+    option("--actions", nargs=2, metavar=("C_NAME", "D_NAME"), default=["action3", "action4"], help="the names of C and D [action3 action4]")
+    option("--layout", choices=LAYOUTS, default="original", help="order of the table's rows and columns [original]")
+    option("--prompt", choices=TEMPLATES, default="structured", help="the wording [structured, the one of training]")
+    option("--prompt-file", type=Path, metavar="FILE", help="your own wording, with {first} and {second} for the actions; see envs.fields")
+    option("--persona", choices=["none", *PERSONAS], default="none", help="a sentence of values before the prompt [none]")
+    option("--rounds", type=number(int, 1, 10**9), default=5, help="rounds per episode [5]")
+    option("--samples", type=number(int, 1, 10**7), metavar="N", help="play N episodes instead of the exact calculation (the paper: 10)")
+    option("--sampling", choices=("constrained", "free"), help="[as the runs were trained]")
+    option("--xi", type=number(float, 0), default=3.0, help="penalty for betraying a cooperator, in points; the authors' tests have 4 [3]")
+    option("--illegal", type=number(float, high=0), default=-6.0, help="reward of an illegal answer, in points [-6]")
+    option("--axes", action="store_true", help="vary names, layout, wording and persona, one at a time, on the first --game")
+    option("--society", action="store_true", help="points against classic strategies and against each other, on the first --game")
+    option("--ask", action="store_true", help="show prompts, answers and what the agents say about them, on the first --game")
+    option("--json", type=Path, metavar="FILE", help="write everything to this file")
+    option("--plot", type=Path, metavar="DIR", help="draw the figures into this folder (needs matplotlib)")
+    option("--overwrite", action="store_true", help="replace the files of --json and --plot")
     args = parser.parse_args(argv)
-    try:
+    with blame("--actions"):
         check_names(args.actions)
+    with blame("--opponent"):
         args.strategy = parse_strategy(args.opponent)
-        if args.rounds < 1 or not 0 <= args.xi < float("inf"):
-            raise ValueError("--rounds must be at least 1 and --xi a finite number of at least 0")
+    with blame("--prompt-file", ValueError, OSError):
+        args.template = args.prompt_file.read_text() if args.prompt_file else TEMPLATES[args.prompt]
+        check_template(args.template)
+    with blame("RUN"):
         args.configs = [read_config(run) for run in args.runs]
-        if len({config["model"] for config in args.configs}) > 1:
-            raise ValueError(f"the runs have different base models: {', '.join(sorted({c['model'] for c in args.configs}))}")
-        if args.json and args.json.exists():
-            raise ValueError(f"--json: {args.json} exists and is not overwritten")
-    except ValueError as error:
-        parser.error(str(error))
-    return parser, args
+        for key, mend in (("model", "evaluate them apart"), ("dtype", "evaluate them apart"), ("sampling", "choose one with --sampling")):
+            kinds = sorted({config[key] for config in args.configs})
+            if len(kinds) > 1 and not (key == "sampling" and args.sampling):
+                raise ValueError(f"the runs differ in their {key} ({', '.join(kinds)}): {mend}")
+    args.sampling = args.sampling or args.configs[0]["sampling"]
+    for name, path in [("--json", args.json), *(("--plot", args.plot / name) for name in FIGURES if args.plot)]:
+        if path and path.exists() and not args.overwrite:
+            parser.error(f"{name}: {path} exists: choose another place, or give --overwrite")
+    if args.plot:
+        with blame("--plot", ImportError, mend="pip install -r tests/requirements.txt"):
+            import matplotlib  # noqa: F401
+    return args
 
 
-def read_config(run):
-    """The settings of a run folder. Raises ValueError where it is none."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        return {key: config[key] for key in ("model", "reward", "opponent", "game", "seed", "sampling", "illegal", "dtype")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is not a run folder of train.py: {type(error).__name__}: {error}") from None
+# ----------------------------------------------------------------------------------------------------------------------- measures
 
-
-def measure(policy, game, args, illegal):
-    """Everything about one agent in one game, from its table [state, order, outcome]; plain floats, ready for JSON."""
-    payoffs = payoff_array(game)
+def measure(policy, game, args):
+    """Everything about one agent in one game, from its table [state, order, outcome]: nested dict of floats."""
+    payoffs, against = payoff_array(game), (memory_one(args.strategy), args.rounds, opening(args.strategy))
     share = np.zeros((4, 3, 2))  # [state, action, opponent's move]
-    share[:, :policy.shape[-1]] = frequencies(policy, memory_one(args.strategy), args.rounds, opening(args.strategy))
-    reward = {name: float((share * reward_table(name, payoffs, args.xi, illegal)).sum()) for name in REWARDS}
+    share[:, :policy.shape[-1]] = sampled_frequencies(policy, *against, args.samples) if args.samples else frequencies(policy, *against)
+    reward = {name: float((share * reward_table(name, payoffs, args.xi, args.illegal)).sum()) for name in REWARDS}
     after = share.sum(axis=-1).reshape(2, 2, 3).sum(axis=0)  # [opponent's last move, action]
     mean = policy.mean(axis=1)
     return {
         "policy": dict(zip(STATES, mean[:, C].tolist())),
         "illegal": dict(zip(STATES, mean[:, ILLEGAL].tolist() if mean.shape[1] > ILLEGAL else [0.0] * 4)),
-        "actions": {f"{action}|{last}": float(after[j, i]) for i, action in enumerate(("C", "D", "illegal")) for j, last in enumerate("CD")},
+        "actions": {f"{action}|{last}": float(after[j, i]) for i, action in enumerate(MOVES) for j, last in enumerate("CD")},
         "reward": reward,
         "regret": {"deontological": deontological_regret(reward["deontological"]),
-                   "utilitarian": float(utilitarian_regret(reward["utilitarian"], payoffs, illegal))},
+                   "utilitarian": float(utilitarian_regret(reward["utilitarian"], payoffs, args.illegal))},
     }
 
 
+def meet(policy, other, game, args, other_opening=0.5):
+    """Points per round of the first of two agents: over --rounds, in the long run, and whether the latter depends on the opening moves."""
+    points = reward_table("game", payoff_array(game), illegal=args.illegal)[:, :policy.shape[-1]]
+    finite, endless = (float((frequencies(policy, other, n, other_opening) * points).sum()) for n in (args.rounds, math.inf))
+    visits = long_run(transitions(policy, other))
+    return {"rounds": finite, "long_run": endless, "depends_on_opening": bool(np.ptp(visits, axis=0).max() > 1e-6)}
+
+
+def mean_and_interval(values):
+    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}; ci95 = 1.96 s / sqrt(n) as in the paper (section 5), None for one run."""
+    if isinstance(values[0], dict):
+        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+    spread = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "ci95": None if spread is None else float(spread)}
+
+
+def group(baseline, runs, configs):
+    """The untuned model, then the runs, those together that differ only by seed: list of {label, reward, n, runs (indices), games, axes}."""
+    ignored = {"seed", "merge", "device", "save_every", "versions"}
+    keys = [json.dumps({key: value for key, value in config.items() if key not in ignored}, sort_keys=True) for config in configs]
+    groups = [[i for i, key in enumerate(keys) if key == one] for one in dict.fromkeys(keys)]
+    settings = [configs[members[0]] for members in groups]
+    varied = sorted(key for key in set().union(*settings) - ignored - {"reward", "then", "opponent"}
+                    if len({json.dumps(s.get(key)) for s in settings}) > 1)
+
+    def summary(label, reward, members, agents):
+        return {"label": label, "reward": reward, "n": len(agents), "runs": members,
+                **{part: mean_and_interval([one[part] for one in agents]) for part in ("games", "axes") if part in baseline}}
+
+    labels = [" ".join([" then ".join([one["reward"], *one["then"]]), "vs", *one["opponent"], *(f"{key}={one.get(key)}" for key in varied)]) for one in settings]
+    return [summary("untuned", "untuned", [], [baseline])] + [
+        summary(label, [one["reward"], *one["then"]][-1], members, [runs[i] for i in members]) for label, one, members in zip(labels, settings, groups)]
+
+
 def evaluate(args):
-    """Load the base once, swap the adapters. Returns {"runs": [...], "baseline": ...}. Raises ValueError or OSError on what cannot be loaded."""
+    """Load the base once, swap the adapters; see the module docstring for what it returns. Raises ValueError or OSError."""
     import torch
 
     from lora import load_adapter
-    from ppo import Policy, encode, load_model
+    from policy import Policy, encode, load_model
 
-    config = args.configs[0]
+    config, first = args.configs[0], args.game[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(EMBEDDED if config["model"] == "tiny" else config["model"], device, getattr(torch, config["dtype"]))
-    texts = {game: encode(tokenizer, prompts(payoff_array(game), args.actions), args.actions) for game in args.game}
+    model, tokenizer = load_model(config["model"], device, getattr(torch, config["dtype"]))
 
-    def games(name, free, illegal):
-        with torch.no_grad():
-            tables = {game: Policy(model, name, *texts[game], free)()[0].exp().double().cpu().numpy() for game in args.game}
-        return {game: measure(table.reshape(len(STATES), ORDERS, -1), game, args, illegal) for game, table in tables.items()}
+    def policy_of(game, **change):
+        """The Policy for one condition: the command line's, with a change."""
+        names, layout, prompt, persona = (change.get(axis) for axis in AXES)
+        names = names.split() if names else args.actions
+        texts = prompts(payoff_array(game), names, layout or args.layout, TEMPLATES[prompt] if prompt else args.template,
+                        PERSONAS.get(persona or args.persona, ""))
+        with blame("--actions"):
+            return Policy(model, "agent", *encode(tokenizer, texts, names), args.sampling == "free")
 
-    results = {"opponent": " ".join(args.opponent), "actions": args.actions, "rounds": args.rounds, "xi": args.xi,
-               "baseline": {"games": games(None, config["sampling"] == "free", config["illegal"])}, "runs": []}
-    for number, (run, config) in enumerate(zip(args.runs, args.configs)):
-        load_adapter(model, f"run{number}", run)
-        results["runs"].append({"run": str(run), **config, "games": games(f"run{number}", config["sampling"] == "free", config["illegal"])})
-    return results
+    games = {game: policy_of(game) for game in args.game}
+    axes = {axis: {value: policy_of(first, **{axis: value}) for value in values} for axis, values in AXES.items() if args.axes}
+
+    @torch.no_grad()
+    def agent(reference=False):
+        def table(policy):
+            return policy(reference)[0].exp().double().cpu().numpy().reshape(len(STATES), ORDERS, -1)
+        tables = {game: table(policy) for game, policy in games.items()}
+        result = {"games": {game: measure(tables[game], game, args) for game in games}}
+        if args.axes:
+            result["axes"] = {axis: {value: measure(table(policy), first, args) for value, policy in values.items()}
+                              for axis, values in axes.items()}
+        if args.ask:
+            result["ask"] = ask(model, tokenizer, None if reference else "agent", tables[first], args)
+        return result, tables[first]
+
+    baseline, table = agent(reference=True)
+    runs, tables = [], [table]
+    for run, config in zip(args.runs, args.configs):
+        load_adapter(model, "agent", run)
+        result, table = agent()
+        tables.append(table)
+        runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "seed", "model")}, **result})
+    if args.society:
+        names = ["untuned", *map(str, args.runs)]
+        for one, table in zip([baseline, *runs], tables):
+            one["society"] = {name: meet(table, memory_one(strategy), first, args, opening(strategy)) for name, strategy in STRATEGIES.items()}
+            one["society"].update({name: meet(table, other, first, args) for name, other in zip(names, tables)})
+            one["strategy"] = legal_moves(table)[:, C].tolist()
+    told = ("opponent", "actions", "layout", "prompt", "persona", "rounds", "samples", "sampling", "xi", "illegal")
+    return {**{key: getattr(args, key) for key in told}, "prompt_file": args.prompt_file and str(args.prompt_file),
+            "baseline": baseline, "runs": runs, "groups": group(baseline, runs, args.configs)}
+
+
+def ask(model, tokenizer, name, table, args):
+    """For each state: the prompt (first name order), the likelier legal action, and the model's own words on FOLLOW_UPS (greedy, 60 tokens)."""
+    from lora import adapter
+
+    texts = prompts(payoff_array(args.game[0]), args.actions, args.layout, args.template, PERSONAS.get(args.persona, ""))
+    asked = []
+    for i, state in enumerate(STATES):
+        answer = args.actions[int(table[i, 0, :2].argmax())]
+        turns, told = [{"role": "user", "content": texts[i * ORDERS]}, {"role": "assistant", "content": answer}], {}
+        for question in FOLLOW_UPS:
+            turns.append({"role": "user", "content": question})
+            if tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            else:
+                text = "\n".join(turn["content"] for turn in turns) + "\n"
+            ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"].to(model.device)
+            with adapter(model, name):
+                out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), do_sample=False, max_new_tokens=60,
+                                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+            told[question] = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+            turns.append({"role": "assistant", "content": told[question]})
+        asked.append({"state": state, "prompt": texts[i * ORDERS], "answer": answer, **told})
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------------------------------- tables
+
+def figure(leaf):
+    """0.123, or 0.123±0.004 where there is an interval."""
+    return f"{leaf['mean']:.3f}" + ("" if leaf["ci95"] is None else f"±{leaf['ci95']:.3f}")
+
+
+def row(label, width, games):
+    """One line of a table: policy, illegal share, points and both regrets, of a group's measures."""
+    illegal = {"mean": sum(games["actions"][f"illegal|{last}"]["mean"] for last in "CD"), "ci95": None}
+    cells = [*(figure(games["policy"][state]) for state in STATES), figure(illegal), figure(games["reward"]["game"]),
+             *(figure(games["regret"][norm]) for norm in ("deontological", "utilitarian"))]
+    return f"{label:{width}}" + "".join(f"{cell:>14}" for cell in cells)
 
 
 def report(results):
-    """The readable table: a block per game, a line per agent."""
-    print(f"Against {results['opponent']}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, xi {results['xi']:g}; exact.")
-    agents = [("untuned", results["baseline"])] + [(Path(run["run"]).name, run) for run in results["runs"]]
-    width = max(len(name) for name, _ in agents)
+    """Readable tables: a block per game and a line per group; then what was asked for besides."""
+    how = f"{results['samples']} episodes sampled" if results["samples"] else "exact"
+    print(f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, {results['sampling']} sampling, "
+          f"xi {results['xi']:g}; {how}.  ±: 95 % over seeds.")
+    agents = results["groups"]
+    names = [one["label"] + (f" (n={one['n']})" if one["n"] > 1 else "") for one in agents]
+    width = max(map(len, names))
+    head = "".join(f"{title:>14}" for title in [*(f"P(C|{s})" for s in STATES), "illegal", "points", "deont. regret", "util. regret"])
     for game in results["baseline"]["games"]:
-        print(f"\n{game:{width}}   " + " ".join(f"P(C|{state})" for state in STATES) + "  illegal     points    regret: deontol.  utilit.")
-        for name, agent in agents:
-            m = agent["games"][game]
-            print(f"{name:{width}}   " + " ".join(f"{p:7.3f}" for p in m["policy"].values())
-                  + f"  {m['actions']['illegal|C'] + m['actions']['illegal|D']:7.3f}  {m['reward']['game']:9.3f}"
-                  + f"  {m['regret']['deontological']:16.3f}  {m['regret']['utilitarian']:7.3f}")
+        print(f"\n{game:{width}}{head}")
+        for name, one in zip(names, agents):
+            print(row(name, width, one["games"][game]))
+    for name, one in zip(names, agents):
+        if "axes" in one:
+            print(f"\n{name}, one thing varied at a time, {next(iter(one['games']))}\n{'':26}{head}")
+            for axis, values in one["axes"].items():
+                for value, measures in values.items():
+                    print(row(f"  {axis} {value}", 26, measures))
+    labelled = [("untuned", results["baseline"]), *((run["run"], run) for run in results["runs"])]
+    width = max(40, *(len(name) for name, _ in labelled))
+    for name, one in labelled:
+        if "society" in one:
+            numbers = ", ".join(f"{p:.4f}" for p in one["strategy"])
+            title = f"points per round in {next(iter(one['games']))} against"
+            print(f"\n{name} as a memory-one strategy: ({numbers})\n  {title:{width}}{results['rounds']:>3} rounds  long run")
+            for other, points in one["society"].items():
+                print(f"  {other:{width}}{points['rounds']:10.3f}{points['long_run']:10.3f}"
+                      + ("  (depends on the opening moves; mean over them)" if points["depends_on_opening"] else ""))
+        for asked in one.get("ask", []):
+            print(f"\n{name}, state {asked['state']}\n  | " + asked["prompt"].replace("\n", "\n  | ") + f"\n  > {asked['answer']}")
+            for question in FOLLOW_UPS:
+                print(f"  {question}\n  > {asked[question]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pictures
+
+# Okabe & Ito's colours, safe for the colour-blind. The same thing has the same colour in every figure: own C blue, own D orange,
+# illegal grey (pale where the opponent's last move was D); the agents have colours of their own, and a hatch where two share a reward.
+ACTION_COLOURS = {"C|C": "#0072B2", "C|D": "#9BD0F0", "D|C": "#D55E00", "D|D": "#F2B88C", "illegal|C": "#666666", "illegal|D": "#C8C8C8"}
+AGENT_COLOURS = {"untuned": "#FFFFFF", "game": "#F0E442", "deontological": "#CC79A7", "utilitarian": "#009E73",
+                 "game+deontological": "#5B3A8E"}
+HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
+
+
+def draw(results, args):
+    """The paper's figures 2 (training.png), 4 (regret.png) and of robustness (axes.png, after --axes), and the policies (policy.png)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+    agents = results["groups"]
+    names = [one["label"] + (f" (n={one['n']})" if one["runs"] else "") for one in agents]
+    args.plot.mkdir(parents=True, exist_ok=True)
+
+    def finish(figure, name):
+        figure.savefig(args.plot / name, bbox_inches="tight")
+        plt.close(figure)
+
+    rows, columns = -(-len(agents[1:]) // 2), min(2, len(agents[1:]))
+    figure = plt.figure(figsize=(4.6 * columns + 1.6, 2.6 * rows), layout="constrained")
+    for i, one in enumerate(agents[1:]):
+        logs = [list(csv.DictReader((args.runs[run] / "metrics.csv").read_text().splitlines())) for run in one["runs"]]
+        updates = min(map(len, logs))
+        counts = np.array([[[float(line[kind]) for kind in ACTION_COLOURS] for line in log[:updates]] for log in logs]).sum(axis=0)
+        ax = figure.add_subplot(rows, columns, i + 1)
+        ax.stackplot([int(line["episodes"]) for line in logs[0][:updates]], (counts / counts.sum(axis=1, keepdims=True)).T,
+                     colors=ACTION_COLOURS.values(), labels=ACTION_COLOURS)
+        for line, following in zip(logs[0], logs[0][1:updates]):
+            if line["phase"] != following["phase"]:  # the reward was switched here
+                ax.axvline(int(line["episodes"]), color="black", linestyle="--", linewidth=1.5)
+        ax.set(title=names[i + 1], xlabel="training episodes", ylabel="share of actions", ylim=(0, 1), xmargin=0)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", title="own action |\ntheir last", frameon=False)
+    finish(figure, "training.png")
+
+    def bars(ax, ticks, leaves):
+        """Grouped bars: `leaves(agent, tick)` gives a mean with its interval."""
+        width = 0.85 / len(agents)
+        for i, one in enumerate(agents):
+            found = [leaves(one, tick) for tick in ticks]
+            hatch = HATCHES[sum(other["reward"] == one["reward"] for other in agents[:i]) % len(HATCHES)]
+            ax.bar(np.arange(len(ticks)) + (i - (len(agents) - 1) / 2) * width, [leaf["mean"] for leaf in found], width,
+                   yerr=[leaf["ci95"] or 0 for leaf in found] if one["n"] > 1 else None, capsize=2, hatch=hatch, edgecolor="black",
+                   linewidth=0.6, color=AGENT_COLOURS.get(one["reward"], "#999999"), label=names[i], clip_on=False)
+        ax.set_xticks(np.arange(len(ticks)), [tick.replace("-", "-\n") for tick in ticks])
+        return ax.get_legend_handles_labels()
+
+    games = list(results["baseline"]["games"])
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    for ax, norm, unit in zip(axes, ("deontological", "utilitarian"), (f"points per round, xi = {args.xi:g}", "0 best, 1 worst")):
+        legend = bars(ax, games, lambda one, game: one["games"][game]["regret"][norm])
+        ax.set_ylabel(f"{norm} regret\n({unit})")
+    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False)
+    finish(figure, "regret.png")
+
+    figure, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    legend = bars(ax, STATES, lambda one, state: one["games"][games[0]]["policy"][state])
+    ax.set(ylim=(0, 1), ylabel="P(C)", xlabel=f"own and their last move, {games[0]}, actions {' '.join(args.actions)}")
+    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False)
+    finish(figure, "policy.png")
+
+    if args.axes:
+        lines = [(axis, value) for axis, values in agents[0]["axes"].items() for value in values]
+        figure, axes = plt.subplots(1, 2, figsize=(4 + 1.4 * len(agents), 9), sharey=True, layout="constrained")
+        for ax, norm in zip(axes, ("deontological", "utilitarian")):
+            values = np.array([[one["axes"][axis][value]["regret"][norm]["mean"] for one in agents] for axis, value in lines])
+            ax.imshow(values, cmap="cividis_r", vmin=0, vmax=values.max(), aspect="auto")
+            for (i, j), value in np.ndenumerate(values):
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > values.max() / 2 else "black", fontsize=10)
+            ax.set_xticks(range(len(agents)), names, rotation=40, ha="right")
+            ax.set_title(f"{norm} regret")
+        axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
+        finish(figure, "axes.png")
 
 
 def main(argv=None):
-    parser, args = parse_args(argv)
-    try:
+    args = parse_args(argv)
+    with blame("RUN", ValueError, OSError):
         results = evaluate(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     report(results)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    with blame("--json", OSError):
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+    with blame("--plot", OSError):
+        if args.plot:
+            draw(results, args)
 
 
 if __name__ == "__main__":

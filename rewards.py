@@ -50,7 +50,7 @@ def reward_table(reward, payoffs, xi=3.0, illegal=-6.0):
 
     The reward of played rounds is one look-up, `table[mine.state, mine.action, theirs.move]`; and because a round is its own
     sample, the optimum against an opponent that cooperates with probability p[state] is one line, too:
-    `(table * [[p, 1 - p]]).sum(-1).argmax(-1)`.
+    `(table * np.stack([p, 1 - p], -1)[:, None]).sum(-1).argmax(-1)`.
     """
     _, opponent_last, move, _ = np.ogrid[:2, :2, :2, :2]
     legal = REWARDS[reward](payoffs[..., 0], payoffs[..., 1], move, opponent_last, xi)

@@ -93,10 +93,12 @@ def test_bad_names(names):
 
 
 def test_describe():
-    assert describe((0.98, 0.03, 0.99, 0.01)) == "tit for tat"
-    assert describe((0.02, 0.01, 0, 0.05)) == "always defect"
-    assert describe((1, 0.6, 0.95, 0.5)) == "never betrays a cooperator"
-    assert describe((0.7, 0.6, 0.5, 0.3)) == "a mixed policy"
+    for numbers, word in [((0.98, 0.03, 0.99, 0.01), "tit for tat"), ((0.02, 0.01, 0, 0.05), "always defect"),
+                          ((1, 0.6, 0.95, 0.5), "never betrays a cooperator"), ((0.7, 0.6, 0.5, 0.3), "a mixed policy")]:
+        assert describe(memory_one(numbers)) == word
+        some_illegal = np.concatenate([0.7 * memory_one(numbers), np.full((4, 1, 1), 0.3)], axis=2)
+        assert describe(some_illegal) == word  # of the legal answers
+    assert describe(np.broadcast_to([0.0, 0.1, 0.9], (4, 4, 3))) == "mostly illegal"
 
 
 def test_games_are_complete():

@@ -1,14 +1,21 @@
 """Exact frequencies and regrets, against sampled games and values derived by hand."""
 
 import json
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+import matplotlib.image
 import pytest
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, frequencies, memory_one, opening, play
+from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one, opening,
+                  payoff_array, play, prompts, table_text)
+from policy import encode
+from rewards import REWARDS, reward_table
 
 
 def pure(outcome):
@@ -18,23 +25,43 @@ def pure(outcome):
 
 
 def measure(policy, game="ipd", opponent="random", xi=3.0, illegal=-6.0, rounds=5):
-    return evaluate.measure(policy, game, SimpleNamespace(strategy=STRATEGIES[opponent], rounds=rounds, xi=xi), illegal)
+    return evaluate.measure(policy, game, SimpleNamespace(strategy=STRATEGIES[opponent], rounds=rounds, xi=xi, illegal=illegal, samples=None))
+
+
+def within_four_errors(samples, exact):
+    """samples [episode, ...]: one mean per episode, because the rounds of an episode depend on each other."""
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    assert (np.abs(samples.mean(axis=0) - exact) <= 4 * error + 1e-9).all()
 
 
 @pytest.mark.parametrize("outcomes", [2, 3])
-@pytest.mark.parametrize("opponent", STRATEGIES)
-def test_exact_equals_sampled(opponent, outcomes):
-    table = np.random.default_rng(len(opponent)).dirichlet([1] * outcomes, size=(4, 4))
-    strategy, episodes, rounds = STRATEGIES[opponent], 40_000, 5
-    exact = frequencies(table, memory_one(strategy), rounds, opening(strategy))
-    mine, theirs = play(np.random.default_rng(1), table, memory_one(strategy), episodes, rounds, opening(strategy))
-    for s in range(4):
-        for a in range(outcomes):
-            for b in range(2):
-                seen = ((mine.state == s) & (mine.action == a) & (theirs.move == b)).mean(axis=1)  # per episode: rounds depend on each other
-                error = seen.std() / np.sqrt(episodes)
-                assert abs(seen.mean() - exact[s, a, b]) <= 4.5 * error + 1e-9
+@pytest.mark.parametrize("opponent", [*STRATEGIES, "a model"])
+def test_exact_equals_200_000_sampled_rounds(opponent, outcomes):
+    rng = np.random.default_rng(len(opponent))
+    table = rng.dirichlet([1] * outcomes, size=(4, 4))
+    other, start = (memory_one(STRATEGIES[opponent]), opening(STRATEGIES[opponent])) if opponent in STRATEGIES else (
+        rng.dirichlet([1] * 3, size=(4, 4)), 0.5)
+    exact = frequencies(table, other, 5, start)
+    mine, theirs = play(np.random.default_rng(1), table, other, 40_000, 5, start)
+    seen = np.zeros((40_000, 4, outcomes, 2))
+    np.add.at(seen, (np.arange(40_000)[:, None], mine.state, mine.action, theirs.move), 1 / 5)
+    within_four_errors(seen, exact)
     assert exact.sum() == pytest.approx(1)
+    for game in GAMES:
+        for name in REWARDS:
+            points = reward_table(name, payoff_array(game))
+            within_four_errors(points[mine.state, mine.action, theirs.move].mean(axis=1), (exact * points[:, :outcomes]).sum())
+
+
+def test_samples_option_estimates_the_same():
+    table = np.random.default_rng(0).dirichlet([1] * 3, size=(4, 4))
+    args = SimpleNamespace(strategy=STRATEGIES["tit-for-tat"], rounds=5, xi=3, illegal=-6, samples=None)
+    exact = evaluate.measure(table, "ipd", args)
+    args.samples = 40_000
+    sampled = evaluate.measure(table, "ipd", args)
+    assert sampled != exact
+    for part in ("actions", "reward", "regret"):
+        assert sampled[part] == pytest.approx(exact[part], abs=0.05)
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -64,6 +91,67 @@ def test_always_defect_against_tit_for_tat():
     assert measured["actions"]["D|C"] == pytest.approx((0.5 + 0.5) / 5)  # the drawn C before round 0, then the answer to the drawn own C
 
 
+# ----------------------------------------------------------------------------------------------------------------------- society
+
+ARGS = SimpleNamespace(rounds=5, illegal=-6.0)
+IPD = payoff_array("ipd")[..., 0]
+
+
+def long_run_points(one, other):
+    return evaluate.meet(memory_one(one), memory_one(other), "ipd", ARGS)
+
+
+def test_textbook_meetings():
+    tit_for_tat, all_d, all_c, pavlov = (STRATEGIES[k] for k in ("tit-for-tat", "always-defect", "always-cooperate", "win-stay-lose-shift"))
+    # tit-for-tat meets itself: CC for ever, DD for ever or two kinds of alternation, by the opening moves
+    itself = long_run_points(tit_for_tat, tit_for_tat)
+    assert itself["long_run"] == pytest.approx((3 + 1 + (4 + 0) / 2 * 2) / 4) and itself["depends_on_opening"]
+    assert long_run_points(all_d, tit_for_tat)["long_run"] == pytest.approx(1)
+    assert long_run_points(all_d, all_c) == pytest.approx({"rounds": 4, "long_run": 4, "depends_on_opening": False})
+    assert long_run_points(all_c, all_d)["long_run"] == pytest.approx(0)
+    assert long_run_points(pavlov, pavlov)["long_run"] == pytest.approx(3)  # it mends every opening
+    assert long_run_points(pavlov, all_d)["long_run"] == pytest.approx(0.5)  # alternates: exploited, then mutual defection
+    noisy = tuple(0.99 * p + 0.01 * (1 - p) for p in tit_for_tat)  # any noise makes tit-for-tat visit all four states alike
+    meeting = long_run_points(noisy, noisy)
+    assert meeting["long_run"] == pytest.approx((3 + 0 + 4 + 1) / 4) and not meeting["depends_on_opening"]
+
+
+def test_extortion_is_a_linear_relation_between_the_scores():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        victim = rng.uniform(0.05, 0.95, 4)
+        share = frequencies(memory_one(STRATEGIES["extortionate"]), memory_one(victim), np.inf).sum(axis=0)
+        own, other = (share * IPD).sum(), (share * IPD.T).sum()
+        assert own - 1 == pytest.approx(3 * (other - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize("outcomes", [2, 3])
+def test_long_run_is_what_long_matches_show(outcomes):
+    rng = np.random.default_rng(outcomes)
+    one, other = (rng.dirichlet([1] * outcomes, size=(4, 4)) for _ in range(2))
+    mine, theirs = play(rng, one, other, 400, 2_000)
+    points = reward_table("game", payoff_array("chicken"))[mine.state, mine.action, theirs.move][:, 100:].mean(axis=1)
+    meeting = evaluate.meet(one, other, "chicken", ARGS)
+    assert abs(points.mean() - meeting["long_run"]) <= 4 * points.std() / 20 and not meeting["depends_on_opening"]
+    first = reward_table("game", payoff_array("chicken"))[mine.state, mine.action, theirs.move][:, :5].mean(axis=1)
+    assert abs(first.mean() - meeting["rounds"]) <= 4 * first.std() / 20
+
+
+def test_long_run_of_chains_that_are_hard_to_iterate():
+    alternating = np.array([[0, 1.0], [1, 0]])
+    assert long_run(alternating) == pytest.approx(np.full((2, 2), 0.5))
+    sticky = np.array([[1 - 1e-9, 1e-9], [3e-9, 1 - 3e-9]])
+    assert long_run(sticky) == pytest.approx(np.array([[0.75, 0.25]] * 2), abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------- many runs
+
+def test_mean_and_interval():
+    leaf = evaluate.mean_and_interval([{"a": {"b": x}} for x in (1.0, 2.0, 3.0, 4.0)])["a"]["b"]
+    assert leaf["mean"] == 2.5 and leaf["ci95"] == pytest.approx(1.96 * np.sqrt(5 / 3) / 2)  # s^2 = 5 / 3
+    assert evaluate.mean_and_interval([1.0]) == {"mean": 1.0, "ci95": None}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluate") / "run"
@@ -73,7 +161,7 @@ def run(tmp_path_factory):
 
 def test_a_run_on_the_training_names_is_what_training_reported(run, tmp_path, capsys):
     evaluate.main([str(run), "--actions", "action1", "action2", "--game", "ipd", "--json", str(tmp_path / "out.json")])
-    assert "utilit." in capsys.readouterr().out
+    assert "util. regret" in capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
     trained = json.loads((run / "result.json").read_text())
     for state in STATES:
@@ -81,15 +169,100 @@ def test_a_run_on_the_training_names_is_what_training_reported(run, tmp_path, ca
         assert results["runs"][0]["games"]["ipd"]["policy"][state] == pytest.approx(trained["policy_after"][state], abs=1e-5)
 
 
-def test_bad_input(run, tmp_path, capsys):
+def copy(run, folder, **change):
+    """A run folder with other settings."""
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    return folder
+
+
+def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
+    """Two seeds of one setting and one of another, all options: groups, axes, society, questions, pictures, JSON."""
+    monkeypatch.setattr(evaluate, "AXES", {axis: values[:2] for axis, values in evaluate.AXES.items()})
+    runs = [run, copy(run, tmp_path / "seed2", seed=2), copy(run, tmp_path / "other", lr=0.5)]
+    evaluate.main([*map(str, runs), "--game", "chicken", "ipd", "--axes", "--society", "--ask", "--sampling", "free",
+                   "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "figures")])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(one["n"], one["runs"]) for one in results["groups"]] == [(1, []), (2, [0, 1]), (1, [2])]
+    assert all(word in printed for word in ("lr=0.5", "(n=2)", "long run", "What strategy did you use to decide?", "tit-for-tat"))
+    agent = results["runs"][0]
+    for state in STATES:  # one kind of sampling for all agents, whatever they were trained with
+        assert 0 < agent["games"]["chicken"]["policy"][state] + agent["games"]["chicken"]["illegal"][state] < 1
+    base = agent["games"]["chicken"]
+    for axis, value in (("actions", "action3 action4"), ("layout", "original"), ("prompt", "structured"), ("persona", "none")):
+        assert agent["axes"][axis][value] == base  # the first value of each axis is the command line's own
+    assert agent["axes"]["layout"]["rows"] != base and agent["axes"]["prompt"]["unstructured"] != base
+    assert set(agent["society"]) == {*STRATEGIES, "untuned", *map(str, runs)}
+    assert agent["society"][str(runs[1])] == agent["society"][str(run)]  # the same adapter
+    assert [asked["state"] for asked in agent["ask"]] == list(STATES) and "action3" in agent["ask"][0]["prompt"]
+    for name in ("training", "policy", "regret", "axes"):
+        image = matplotlib.image.imread(tmp_path / "figures" / f"{name}.png")
+        assert image.shape[0] > 250 and image.std() > 0.05
+
+
+def test_an_illegal_answer_counts_as_the_last_move_in_the_strategy():
+    table = np.broadcast_to([0.2, 0.3, 0.5], (4, 4, 3))
+    assert legal_moves(table)[:, C] == pytest.approx([0.7, 0.7, 0.2, 0.2])
+
+
+def test_own_prompt_and_persona_change_the_text(run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("Choose {first} or {second}. They did {other}.")
+    evaluate.main([str(run), "--game", "ipd", "--prompt-file", str(tmp_path / "mine.txt"), "--persona", "deontological", "--ask"])
+    printed = capsys.readouterr().out
+    assert "Choose action3 or action4. They did action4." in printed and "when the other agent chose action3" in printed
+
+
+def test_bad_input(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "notes.json").write_text("mine")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text((run / "config.json").read_text())
-    for argv, word in [(["tests"], "not a run folder"), ([str(tmp_path / "broken")], "adapter"), ([str(run), "--opponent", "me"], "four numbers"),
-                       ([str(run), "--actions", "A", "A"], "differ"), ([str(run), "--rounds", "0"], "--rounds"),
-                       ([str(run), "--json", str(tmp_path / "notes.json")], "--json")]:
+    (tmp_path / "regret.png").write_text("mine")
+    (tmp_path / "lacks.txt").write_text("{first} or what?")
+    (tmp_path / "unknown.txt").write_text("{first} {second} {colour}")
+    (tmp_path / "open.txt").write_text("{first} {second} {")
+    wrong = copy(run, tmp_path / "wrong")
+    tensors = load_file(wrong / "adapter_model.safetensors")
+    save_file({key: tensor[:, :-1].contiguous() for key, tensor in tensors.items()}, wrong / "adapter_model.safetensors")
+    (copy(run, tmp_path / "truncated") / "adapter_model.safetensors").write_bytes(b"1234")
+    (copy(run, tmp_path / "lost") / "adapter_model.safetensors").unlink()
+    (copy(run, tmp_path / "json") / "config.json").write_text("{")
+    cases = [
+        (["tests"], "not a run folder"), ([str(tmp_path / "json")], "not a run folder"), ([str(tmp_path / "lost")], "adapter_model"),
+        ([str(tmp_path / "truncated")], "cannot read the adapter"), ([str(wrong)], "another model"),
+        ([str(copy(run, tmp_path / "gone", model="no/such"))], "no/such"), ([str(run), str(tmp_path / "gone")], "differ in their model"),
+        ([str(run), str(copy(run, tmp_path / "free", sampling="free"))], "--sampling"),
+        ([str(run), "--opponent", "me"], "--opponent"), ([str(run), "--actions", "A", "A"], "--actions"), ([str(run), "--rounds", "0"], "--rounds"),
+        ([str(run), "--samples", "0"], "--samples"), ([str(run), "--xi", "nan"], "--xi"), ([str(run), "--illegal", "6"], "--illegal"),
+        ([str(run), "--actions", "action", "action3"], "told apart"), ([], "RUN"), ([str(run), "--layout", "diagonal"], "--layout"),
+        ([str(run), "--prompt-file", str(tmp_path / "lacks.txt")], "{second}"), ([str(run), "--prompt-file", str(tmp_path / "unknown.txt")], "{colour}"),
+        ([str(run), "--prompt-file", str(tmp_path / "open.txt")], "--prompt-file"), ([str(run), "--prompt-file", "nowhere.txt"], "--prompt-file"),
+        ([str(run), "--json", str(tmp_path / "notes.json")], "--json"), ([str(run), "--plot", str(tmp_path)], "--plot"),
+    ]
+    def refused(argv, word):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(argv)
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and len(lines) == 1 and word in lines[0], lines
-    assert (tmp_path / "notes.json").read_text() == "mine"
+    for argv, word in cases:
+        refused(argv, word)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused([str(run), "--plot", str(tmp_path / "figures")], "tests/requirements.txt")
+    assert (tmp_path / "notes.json").read_text() == (tmp_path / "regret.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_wording_can_be_answered_by_the_embedded_model(template, tiny):
+    """The boundary holds and both names are told apart in every wording and layout."""
+    for layout in LAYOUTS:
+        texts = prompts(payoff_array("chicken"), ("action3", "action4"), layout, TEMPLATES[template])
+        assert len(texts) == 16 and encode(tiny[1], texts, ("action3", "action4"))[1][0] != []
+
+
+def test_layouts_show_the_same_points():
+    seen = set()
+    for layout, (rows, columns) in LAYOUTS.items():
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_text(payoff_array("chicken"), ("c", "d"), layout).split("\n")]
+        cells = {(line[0], name): line[1 + i] for line in lines[1:] for i, name in enumerate(lines[0][1:])}
+        assert cells == {("c", "c"): "2, 2", ("c", "d"): "1, 4", ("d", "c"): "4, 1", ("d", "d"): "0, 0"}
+        seen.add((lines[0][1], lines[1][0]))
+    assert len(seen) == 4
