@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
         if self.active is None:
             return y
         a, b = self.A[self.active], self.B[self.active]
-        # The base may be bfloat16: the adapter computes in float32, or small updates would be rounded away.
+        # The base may be bfloat16: the adapter is kept and computed in float32, so that small optimizer steps are not rounded away.
         return y + (nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b) * self.scale[self.active]).to(y.dtype)
 
     def merge(self, name):
@@ -67,6 +67,8 @@ def lora_layers(model):
 def add_adapter(model, name, rank, alpha, targets=None):
     """Freeze the model and put a new adapter `name` on its linear layers: all but the output head, or only the module names in `targets`.
 
+    An adapter of that name is replaced.
+
     Raises ValueError where a target is no linear layer of the model, or there is nothing to adapt.
     """
     model.requires_grad_(False)
@@ -80,6 +82,9 @@ def add_adapter(model, name, rank, alpha, targets=None):
         layers = {n: layers[n] for n in targets}
     if not layers:
         raise ValueError("the model has no linear layers to adapt")
+    for layer in lora_layers(model).values():
+        if name in layer.A:
+            del layer.A[name], layer.B[name]
     for path, layer in layers.items():
         if not isinstance(layer, LoRALinear):
             parent, _, child = path.rpartition(".")

@@ -1,198 +1,29 @@
-"""PPO with a KL penalty on a small table of answers: token trie, log-probabilities, values, update.  [torch; knows no game]
+"""PPO with a KL penalty on a small table of answers, by hand.  [torch; knows no game]
 
-A policy maps P distinct prompts to log-probabilities over K answers: a table [prompt, answer]. Where a task has few distinct
-prompts, one forward pass gives the whole table; then any number of samples is drawn by indexing it, the PPO loss indexes the
-same table, still attached to the graph, and one backward pass finishes the update. No sampling loop over tokens, no padding.
+Samples of a policy's table (policy.py) index it, and so does the loss, while the table is still attached to the graph: one forward and
+one backward pass make an update, whatever the number of samples.
 
-    encode    texts -> token ids, with the answers as the model itself would write them after the prompt
-    Trie      the prompts and answers as one sequence of distinct prefixes with an ancestor mask
-    Policy    model + adapter + value head: () -> log-probabilities [P, K], values [P]
-    ppo_loss  clipped surrogate and clipped value loss on samples of the table
-    Learner   a policy in training: rewards in, one PPO update out
+    RunningMoments, adapt_kl_coef, gae    what happens to rewards before they become advantages
+    ppo_loss                              clipped surrogate and clipped value loss on samples of the table
+    Learner                               a policy in training: rewards in, one PPO update out
 
 Where this differs from the TRL recipe of the paper: an answer is one action, however many tokens it has, so the KL penalty is on its
 whole log-probability, the value is one per prompt, and gamma and lambda run over the rounds of an episode instead of over tokens.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
-from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import distributed
 
-from lora import adapter, adapter_parameters
+from lora import adapter
 
 GAE_LAMBDA = 0.95      # Schulman et al. (2016); the paper's value
 KL_HORIZON = 10_000    # samples over which the KL coefficient adapts; the paper's value
-RATIO_THRESHOLD = 10   # an update whose mean ratio exceeds this is dropped; the paper's value
+MAX_SKIPPED = 10       # updates in a row that may be skipped for a number that is not finite
+RATIO_THRESHOLD = 10   # once the mean ratio exceeds this the epochs that remain are dropped; the paper's value
 
-
-# ---------------------------------------------------------------------------------------------------------------- model and text
-
-def load_model(path, device, dtype):
-    """(model, tokenizer) of a causal language model: a folder, or the name of one on the Hugging Face hub.
-
-    Only safetensors weights and the classes that transformers ships are loaded.
-    Raises ValueError with a one-line reason where that cannot be done.
-    """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()  # its retries without a network; the error below tells the outcome
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # The fused attention kernels know no soft-capping of the attention logits (Gemma 2) and would leave it out.
-        soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager" if soft_capped else "sdpa", use_safetensors=True)
-    except Exception as error:  # transformers, tokenizers, safetensors and the hub each raise kinds of their own
-        found = "" if Path(path).exists() else "there is no such folder, and as a name on the hub: "
-        raise ValueError(f"cannot load a model from {path}: {found}{' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval(), tokenizer
-
-
-def encode(tokenizer, texts, answers):
-    """Token ids of prompts and of answers: (list of P lists, list of A lists).
-
-    The boundary is the one the model itself would write: with a chat template, the prompt ends where the assistant's text begins; without
-    one, the answer follows after a space. Tokenizers glue a space to the word behind it, so a space at the boundary goes to the answer.
-    Raises ValueError where the answers' tokens depend on the prompt or one answer is a token-prefix of another.
-    """
-    if tokenizer.chat_template:
-        mark = "ANSWER-STARTS-HERE"
-        turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": mark}] for text in texts]
-        heads = [text[:text.rindex(mark)] for text in tokenizer.apply_chat_template(turns, tokenize=False)]
-    else:
-        heads = [text + " " for text in texts]
-    space = " " if heads[0].endswith(" ") else ""
-    heads = [head.removesuffix(space) if space else head for head in heads]
-    special = not tokenizer.chat_template  # a template writes its own special tokens
-    prompts = tokenizer(heads, add_special_tokens=special)["input_ids"]
-    tails = []
-    for answer in answers:
-        whole = tokenizer([head + space + answer for head in heads], add_special_tokens=special)["input_ids"]
-        found = {tuple(ids[len(prompt):]) for ids, prompt in zip(whole, prompts) if ids[:len(prompt)] == prompt}
-        if len(found) != 1 or any(ids[:len(prompt)] != prompt for ids, prompt in zip(whole, prompts)):
-            raise ValueError(f"the tokens of the answer {answer!r} are not the same after every prompt: choose another name")
-        tails.append(list(found.pop()))
-    for i, tail in enumerate(tails):
-        for j, other in enumerate(tails):
-            if i != j and (not tail or other[:len(tail)] == tail):
-                raise ValueError(f"the tokens of {answers[i]!r} are how {answers[j]!r} begins: choose names that can be told apart")
-    return prompts, tails
-
-
-class Trie:
-    """P prompts, each followed by A answers, packed as one sequence in which every distinct prefix is a single node.
-
-    tokens     int64 [N]      token of each node
-    depth      int64 [N]      its position in its own text
-    ancestors  bool [N, N]    row sees column: the column is the row's prefix, or itself
-    branches   int64 [P, Q]   node of prompt p followed by answer prefix q; q = 0 is the bare prompt
-    paths      per answer, a list of (q, token): after prefix q comes this token
-
-    A causal model run on it with these positions and this mask gives at each node what it gives at the end of the plain text.
-    """
-
-    def __init__(self, prompts, answers):
-        nodes, parents = {}, []
-
-        def add(ids):  # dict order is node order: a parent always stands before its children
-            node = -1
-            for end in range(1, len(ids) + 1):
-                key = tuple(ids[:end])
-                if key not in nodes:
-                    nodes[key] = len(nodes)
-                    parents.append(node)
-                node = nodes[key]
-            return node
-
-        prefixes = list(dict.fromkeys(tuple(answer[:n]) for answer in answers for n in range(len(answer))))
-        self.branches = torch.tensor([[add([*prompt, *prefix]) for prefix in prefixes] for prompt in prompts])
-        self.paths = [[(prefixes.index(tuple(answer[:n])), token) for n, token in enumerate(answer)] for answer in answers]
-        self.tokens = torch.tensor([key[-1] for key in nodes])
-        self.depth = torch.tensor([len(key) - 1 for key in nodes])
-        self.ancestors = torch.eye(len(nodes), dtype=torch.bool)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                self.ancestors[node] |= self.ancestors[parent]
-
-
-# --------------------------------------------------------------------------------------------------------------------- the policy
-
-def log_illegal(log_probs):
-    """log(1 - sum of the legal probabilities): [..., A] -> [...]. Finite, with finite gradients, also where rounding makes the sum 1."""
-    log_legal = torch.logsumexp(log_probs, dim=-1).clamp(max=-1e-7)
-    return torch.log(-torch.expm1(log_legal))
-
-
-class Policy:
-    """A language model with one of its adapters and a value head, on fixed prompts and answers.
-
-    free: False gives the answers constrained, K = A (at each token only what continues an answer is allowed, renormalised);
-          True gives K = A + 1, the last one being every other text.
-    """
-
-    def __init__(self, model, name, prompts, answers, free):
-        self.model, self.name, self.free = model, name, free
-        self.trie = Trie(prompts, answers)
-        device, dtype = model.device, model.dtype
-        width = model.get_output_embeddings().weight.shape[1]
-        self.value_weight = torch.zeros(1, width, device=device, requires_grad=True)  # float32: the value of every prompt starts at 0
-        self.value_bias = torch.zeros(1, device=device, requires_grad=True)
-        trie = self.trie
-
-        def additive(mask):
-            return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None, None].to(device)
-
-        config = model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
-        if kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"the model's layers are {', '.join(sorted(kinds))}; the trie needs plain or sliding-window attention")
-        near = trie.depth[:, None] - trie.depth[None, :] < (window or len(trie.tokens))
-        masks = {"full_attention": additive(trie.ancestors), "sliding_attention": additive(trie.ancestors & near)}
-        self.inputs = {
-            "input_ids": trie.tokens[None].to(device), "position_ids": trie.depth[None].to(device),
-            "attention_mask": masks if len(kinds) > 1 else masks[min(kinds)],
-            "logits_to_keep": trie.branches.flatten().to(device), "use_cache": False,
-        }
-        if trie.depth.max() >= getattr(config, "max_position_embeddings", np.inf):
-            raise ValueError(f"the prompt has {int(trie.depth.max()) + 1} tokens, the model takes {config.max_position_embeddings}")
-
-    def parameters(self):
-        """The trained tensors: those of the adapter, then the value head's weight [1, width] and bias [1]."""
-        return adapter_parameters(self.model, self.name) + [self.value_weight, self.value_bias]
-
-    def __call__(self, reference=False):
-        """One forward pass: (log-probabilities [P, K], values [P]), float32. `reference`: of the base model, without the adapter."""
-        features = []
-        # What the output head reads is just what the value head needs: final hidden states, at the kept nodes only.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: features.append(args[0]))
-        try:
-            with adapter(self.model, None if reference else self.name):
-                logits = self.model(**self.inputs).logits.float()
-        finally:
-            hook.remove()
-        shape = (*self.trie.branches.shape, -1)
-        logits, features = logits.view(shape), features[0].reshape(shape)
-        values = linear(features[:, 0].float(), self.value_weight, self.value_bias)[:, 0]
-
-        total = []  # log of the mass that is shared out after each answer prefix q
-        for q in range(logits.shape[1]):
-            allowed = sorted({token for path in self.trie.paths for at, token in path if at == q})
-            total.append(torch.logsumexp(logits[:, q] if self.free else logits[:, q, allowed], dim=-1))
-        log_probs = torch.stack([sum(logits[:, q, token] - total[q] for q, token in path) for path in self.trie.paths], dim=-1)
-        if self.free:
-            log_probs = torch.cat([log_probs, log_illegal(log_probs)[:, None]], dim=-1)
-        return log_probs, values
-
-
-# --------------------------------------------------------------------------------------------------------------------------- PPO
 
 class RunningMoments:
     """Mean and standard deviation of all numbers seen so far (Chan, Golub & LeVeque, 1979)."""
@@ -211,8 +42,11 @@ class RunningMoments:
 
 
 def adapt_kl_coef(coef, kl, target, samples):
-    """The next KL coefficient: beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon).  Ziegler et al. (2019), 2.2"""
-    return coef * (1 + np.clip(kl / target - 1, -0.2, 0.2) * samples / KL_HORIZON)
+    """The next KL coefficient: beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) min(samples / horizon, 1)).
+
+    Ziegler et al. (2019), section 2.2, for batches below the horizon; a larger one would carry beta below 0.
+    """
+    return coef * (1 + np.clip(kl / target - 1, -0.2, 0.2) * min(samples / KL_HORIZON, 1))
 
 
 def gae(rewards, values, gamma):
@@ -259,8 +93,20 @@ def ppo_loss(log_probs, values, batch, clip, vf_coef):
     return policy_loss + vf_coef * value_loss, policy_loss, value_loss, ratio.mean()
 
 
+def sum_over_processes(parameters, figures):
+    """Of several processes, each with the prompts of its own: add their gradients and figures up, in place."""
+    if distributed.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:  # no round was played with this process' prompts
+                parameter.grad = torch.zeros_like(parameter)
+        vector = torch.cat([figures, *(parameter.grad.flatten() for parameter in parameters)])
+        distributed.all_reduce(vector)
+        figures.copy_(vector[:len(figures)])
+        torch.nn.utils.vector_to_parameters(vector[len(figures):], [parameter.grad for parameter in parameters])
+
+
 class Learner:
-    """A policy in training. `act` gives its table, `update` learns from what was played with it.
+    """A policy in training: `act` gives its table, `update` learns from what was played with it.
 
     lr: Adam's learning rate;  epochs: optimizer steps per update;  clip: of the ratio and of the value;  kl_coef: beta at the start;
     kl_target: of the adaptive controller, in nats per sample;  vf_coef: weight of the value loss;  gamma: discount per round
@@ -269,22 +115,33 @@ class Learner:
     def __init__(self, policy, lr, epochs, clip, kl_coef, kl_target, vf_coef, gamma):
         self.policy, self.epochs, self.clip, self.vf_coef, self.gamma = policy, epochs, clip, vf_coef, gamma
         self.kl_coef, self.kl_target = kl_coef, kl_target
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
         self.moments = RunningMoments()
+        self.skipped = self.skipped_in_a_row = 0  # updates with a number that is not finite
         with torch.no_grad():
             self.reference = policy(reference=True)[0].double().cpu().numpy()  # log-probabilities [P, K] of the base model
+        if not np.isfinite(self.reference).all():
+            raise ValueError("the model's own probabilities are not finite: try --dtype float32")
 
-    def act(self):
-        """Forward pass; keeps its graph for the first epoch of `update`. Returns the probabilities, float64 numpy [P, K]."""
-        self.tables = self.policy()
-        log_probs, values = (table.detach().double().cpu().numpy() for table in self.tables)
-        self.log_probs, self.values = log_probs, values
-        return np.exp(log_probs)
+    def act(self, keep_graph=True):
+        """Forward pass, which also serves the first epoch of `update` if its graph is kept. Returns probabilities, float64 numpy [P, K].
+
+        Raises FloatingPointError where they are not finite.
+        """
+        with torch.set_grad_enabled(keep_graph):
+            self.tables = self.policy()
+        table = torch.cat([self.tables[0], self.tables[1][:, None]], dim=1).detach().double().cpu().numpy()
+        if not np.isfinite(table).all():
+            raise FloatingPointError("the policy is no longer finite")
+        self.log_probs, self.values = table[:, :-1], table[:, -1]
+        return np.exp(self.log_probs)
 
     def update(self, prompt, action, reward):
         """One PPO update from rounds played with the last `act`: int, int and float arrays [episode, round]; reward in points.
 
-        Returns a dict of floats: kl (exact, in nats, mean over the rounds played), kl_coef (the one used), policy_loss, value_loss, ratio.
+        A loss or gradient that is not finite never reaches the weights: the rest of the update is skipped and counted.
+        Returns a dict of floats: kl (exact, in nats, mean over the rounds played), kl_coef (the one used), policy_loss, value_loss, ratio,
+        skipped (so far). Raises FloatingPointError after MAX_SKIPPED skipped updates in a row.
         """
         log_prob, value = self.log_probs[prompt, action], self.values[prompt]
         self.moments.update(reward)
@@ -294,19 +151,70 @@ class Learner:
         target = advantage + value
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-        device = self.tables[1].device
-        batch = Batch(*(torch.as_tensor(x.ravel(), device=device) for x in (prompt, action)),
-                      *(torch.as_tensor(x.ravel(), device=device, dtype=torch.float32) for x in (log_prob, value, advantage, target)))
-        for epoch in range(self.epochs):
-            log_probs, values = self.tables if epoch == 0 else self.policy()
-            loss, policy_loss, value_loss, ratio = ppo_loss(log_probs, values, batch, self.clip, self.vf_coef)
-            if ratio > RATIO_THRESHOLD:
-                break
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+        *figures, finite = self.optimise(prompt, action, log_prob, value, advantage, target)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise FloatingPointError(f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite")
         kl = (np.exp(self.log_probs) * (self.log_probs - self.reference)).sum(axis=1)[prompt].mean()
-        stats = {"kl": kl, "kl_coef": self.kl_coef, "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
-                 "ratio": ratio.item()}
-        self.kl_coef = adapt_kl_coef(self.kl_coef, penalty.mean(), self.kl_target, penalty.size)
+        stats = dict(kl=kl, kl_coef=self.kl_coef, **dict(zip(("policy_loss", "value_loss", "ratio"), figures)), skipped=self.skipped)
+        if finite:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, penalty.mean(), self.kl_target, penalty.size)
         return stats
+
+    def optimise(self, prompt, action, *columns):
+        """The epochs of one update, with one synchronisation of the device at their end. `columns`: the other fields of Batch, in numpy.
+
+        Returns (policy loss, value loss, mean ratio of the last epoch, whether all was finite).
+        """
+        batches = []  # per shard: its part of the samples, and its share in the mean
+        for rows, *_ in self.policy.shards:
+            own = np.isin(prompt, rows)
+            place = np.zeros(self.policy.prompts, dtype=int)
+            place[rows] = range(len(rows))
+            fields = [place[prompt[own]], action[own], *(column[own].astype(np.float32) for column in columns)]
+            batches.append((Batch(*(torch.from_numpy(field).to(self.policy.model.device) for field in fields)), own.mean()))
+        parameters = self.policy.parameters()
+        whole = self.tables[1].requires_grad  # `act` has kept its graph
+        stop, all_finite = torch.tensor([0.0, 1.0], device=self.policy.model.device)
+        with adapter(self.policy.model, self.policy.name):  # checkpointed layers run again in the backward pass
+            for epoch in range(self.epochs):
+                self.optimizer.zero_grad()
+                figures = torch.zeros(3, device=self.policy.model.device)
+                for shard, (batch, share) in zip(self.policy.shards, batches):
+                    if share:
+                        log_probs, values = self.tables if whole and epoch == 0 else self.policy.forward(shard)
+                        loss, *found = ppo_loss(log_probs, values, batch, self.clip, self.vf_coef)
+                        (loss * share).backward()
+                        figures += share * torch.stack(found).detach()
+                sum_over_processes(parameters, figures)
+                size = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                finite = torch.isfinite(figures.sum() + size).float()
+                all_finite = all_finite * finite
+                # The decision stays on the device: an optimizer step whose `found_inf` is 1 changes nothing (as in mixed precision).
+                stop = torch.maximum(stop, torch.maximum(1 - finite, (figures[2] > RATIO_THRESHOLD).float()))
+                self.optimizer.found_inf = stop
+                self.optimizer.step()
+        return torch.cat([figures, all_finite[None]]).tolist()
+
+    def state(self):
+        """All that changes in training: (dict of tensors, dict of numbers that JSON keeps exactly)."""
+        tensors = {}
+        for i, parameter in enumerate(self.policy.parameters()):
+            tensors[f"{i}.parameter"] = parameter.detach()
+            tensors.update({f"{i}.{key}": value for key, value in self.optimizer.state[parameter].items()})  # Adam's moments and step
+        numbers = {"kl_coef": float(self.kl_coef), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                   "moments": {key: float(value) for key, value in vars(self.moments).items()}}
+        return tensors, numbers
+
+    def load_state(self, tensors, numbers):
+        """Continue from `state()`. Raises KeyError or ValueError where it is of another policy."""
+        for i, parameter in enumerate(self.policy.parameters()):
+            found = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{i}.")}
+            saved = found.pop("parameter")
+            if saved.shape != parameter.shape:
+                raise ValueError(f"parameter {i} has the shape {list(saved.shape)}, not {list(parameter.shape)}")
+            parameter.data.copy_(saved)
+            self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+        self.kl_coef, self.skipped, self.skipped_in_a_row = numbers["kl_coef"], numbers["skipped"], numbers["skipped_in_a_row"]
+        vars(self.moments).update(numbers["moments"])

@@ -9,7 +9,8 @@ import torch
 from conftest import CONFIGS, random_model
 from envs import payoff_array, prompts
 from lora import adapter, adapter_parameters, add_adapter
-from ppo import (Batch, Learner, Policy, RunningMoments, Trie, adapt_kl_coef, encode, gae, log_illegal, ppo_loss)
+from policy import Policy, Trie, checkpoint_layers, encode, log_illegal
+from ppo import Batch, Learner, RunningMoments, adapt_kl_coef, gae, ppo_loss
 
 NAMES = ("action1", "action2")
 
@@ -81,9 +82,16 @@ def test_trie_equals_separate_passes_on_the_embedded_model(tiny):
 def test_trie_shares_prefixes():
     trie = Trie([[1, 2, 3], [1, 2, 4]], [[5, 6], [5, 7]])
     # 1, 2, then 3 and 4, then 5 under each; the answers' last tokens need no node
-    assert trie.tokens.tolist() == [1, 2, 3, 5, 4, 5] and trie.depth.tolist() == [0, 1, 2, 3, 2, 3]
-    assert trie.branches.tolist() == [[2, 3], [4, 5]]
-    assert trie.ancestors[5].tolist() == [True, True, False, False, True, True]
+    assert trie.tokens.tolist() == [[1, 2, 3, 5, 4, 5]] and trie.depth.tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert trie.keep.tolist() == [2, 3, 4, 5] and trie.branches.tolist() == [[0, 1], [2, 3]]
+    assert trie.ancestors[0, 5].tolist() == [True, True, False, False, True, True]
+
+
+def test_prompts_with_little_in_common_are_packed_apart():
+    trie = Trie([[1, 9, 9, 9], [1, 2, 3, 4], [1, 2, 3]], [[5]])
+    assert trie.tokens.tolist() == [[1, 2, 3, 4], [1, 9, 9, 9]]  # [1, 2, 3] is on the way to [1, 2, 3, 4]
+    assert trie.keep.tolist() == [2, 3] and trie.branches.tolist() == [[3], [1], [0]]
+    assert trie.ancestors[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_values_read_the_prompt_alone():
@@ -264,6 +272,65 @@ def test_running_moments_equal_those_of_all_numbers():
 
 
 @pytest.mark.parametrize("kl, samples, expected", [(6, 80, 0.2), (0, 80, 0.2 * (1 - 0.2 * 0.008)), (60, 80, 0.2 * (1 + 0.2 * 0.008)),
-                                                   (6.6, 100, 0.2 * 1.001)])
+                                                   (6.6, 100, 0.2 * 1.001), (0, 10**6, 0.2 * 0.8), (60, 10**6, 0.2 * 1.2)])
 def test_kl_controller(kl, samples, expected):
     assert adapt_kl_coef(0.2, kl, 6, samples) == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------- prompts dealt out, layers recomputed
+
+def one_update(kind, free, texts, answers, nodes=None, checkpointing=False):
+    """The table, and all gradients of one update of the same rounds; lr is so small that every pass sees the same weights."""
+    model, _ = build(kind, free, texts, answers)
+    if checkpointing:
+        checkpoint_layers(model)
+    policy = Policy(model, "player", texts, answers, free, nodes)
+    learner = Learner(policy, lr=1e-12, epochs=2, clip=0.2, kl_coef=0.3, kl_target=6.0, vf_coef=0.1, gamma=0.0)
+    table = learner.act()
+    rng = np.random.default_rng(0)
+    shape = (40, 5)
+    stats = learner.update(rng.integers(len(texts), size=shape), rng.integers(policy.outcomes, size=shape), rng.normal(size=shape))
+    return policy, table, [parameter.grad for parameter in policy.parameters()], stats
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_node_budget_changes_nothing_but_the_passes(free):
+    texts, answers = shared_prefix_texts()
+    whole, table, gradients, stats = one_update("gemma3", free, texts, answers)
+    budget = max(Trie([text], answers).tokens.numel() for text in texts) + 2
+    cut, cut_table, cut_gradients, cut_stats = one_update("gemma3", free, texts, answers, nodes=budget)
+    assert len(whole.shards) == 1 and len(cut.shards) > 1
+    assert sorted(sum((rows for rows, *_ in cut.shards), [])) == list(range(len(texts)))
+    assert all(trie.tokens.numel() <= budget for _, trie, _ in cut.shards)
+    assert np.abs(table - cut_table).max() < 1e-5 and stats == pytest.approx(cut_stats, rel=1e-3, abs=1e-5)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(gradients, cut_gradients))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_checkpointing_changes_nothing_but_the_memory(kind):
+    texts, answers = shared_prefix_texts()
+    _, table, gradients, _ = one_update(kind, False, texts, answers)
+    _, other_table, other_gradients, _ = one_update(kind, False, texts, answers, checkpointing=True)
+    assert np.array_equal(table, other_table)
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(gradients, other_gradients))
+
+
+def test_not_finite_gradients_are_skipped_and_counted():
+    texts, answers = shared_prefix_texts()
+    model, policy = build("llama", False, texts, answers)
+    learner = Learner(policy, lr=1e-2, epochs=2, clip=0.2, kl_coef=0.1, kl_target=6.0, vf_coef=0.1, gamma=0.0)
+    rounds = np.zeros((4, 5), int), np.zeros((4, 5), int), np.arange(20.0).reshape(4, 5)
+    parameters = policy.parameters()
+    handle = parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    before = [parameter.detach().clone() for parameter in parameters]
+    for count in range(1, 10):
+        learner.act()
+        assert learner.update(*rounds)["skipped"] == count
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters)) and learner.kl_coef == 0.1
+    learner.act()
+    with pytest.raises(FloatingPointError):  # the tenth in a row
+        learner.update(*rounds)
+    handle.remove()
+    learner.act()
+    assert learner.update(*rounds)["skipped"] == 10 and learner.skipped_in_a_row == 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, parameters))
