@@ -3,62 +3,43 @@
     python train.py --reward utilitarian                                      # the embedded model: under a minute on a laptop
     python train.py --reward game --opponent always-cooperate --seed 2
     python train.py --reward deontological --opponent 1 0.3 1 0.3             # an opponent is four numbers P(C | CC CD DC DD)
+    python train.py --reward utilitarian --opponent learner                   # two agents that learn from each other
+    python train.py --reward game --then utilitarian                          # unlearn selfishness half-way
     python train.py --reward utilitarian --model google/gemma-2-2b-it         # any causal language model, the paper's settings
+    torchrun --nproc-per-node 4 train.py --reward utilitarian --model ...     # the prompts dealt out over four GPUs
+    python train.py --resume runs/utilitarian-vs-tit-for-tat-seed1            # continue an interrupted run
 
 Writes a run folder: config.json, metrics.csv (a row per update), result.json (the policy before and after), value_head.safetensors, and the
-adapter in PEFT's layout. Method: Tennant, Hailes & Musolesi, Moral Alignment for LLM Agents (ICLR 2025).
+adapter in PEFT's layout; with a learning opponent also opponent/, the same for its side. While it runs, state.safetensors is all that --resume
+needs. Method: Tennant, Hailes & Musolesi, Moral Alignment for LLM Agents (ICLR 2025).
 """
 
 import argparse
 import csv
-import json
-import math
+import os
 import platform
-import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from envs import (C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, describe, memory_one, opening, parse_strategy,
-                  payoff_array, play, prompts)
+from envs import (C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, describe, memory_one, opening, other_seat,
+                  parse_strategy, payoff_array, play, prompts)
 from rewards import REWARDS, reward_table
+from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, stop_signals, write_json,
+                  write_state)
 
 # torch, transformers and the rooms that need them are imported in `setup`: --help and a bad option answer at once.
 
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
 DEFAULTS = {  # settings that depend on the model; None on the command line means: take them from here
-    "embedded": dict(episodes=2560, batch=64, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.05),
+    "embedded": dict(episodes=15360, batch=256, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.4),
     "paper": dict(episodes=1000, batch=1, lr=1.41e-5, rank=64, alpha=32.0, epochs=4, kl_coef=0.2),
 }
 ACTION_TYPES = ("C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D")  # own action | opponent's last move
 
 
-@contextmanager
-def blame(option, *errors):
-    """One of these errors (default: ValueError) in this block is the user's to mend: one line that names the option, exit code 2."""
-    try:
-        yield
-    except errors or ValueError as error:
-        print(f"train.py: error: {option}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 # ------------------------------------------------------------------------------------------------------------------ command line
-
-def number(kind, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: an int or float from `low` (or strictly above it) to `high`; never NaN or infinite."""
-    def parse(text):
-        value = kind(text)
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
-            bound = f"above {low}" if above else f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"must be {bound if low > -math.inf else 'finite'}, not {text}")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value: 'x'"
-    return parse
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -74,83 +55,144 @@ def parse_args(argv=None):
             help += f" [embedded model {DEFAULTS['embedded'][key]}, any other {DEFAULTS['paper'][key]}]"
         parser.add_argument(flag, help=help, **kwargs)
 
-    count, positive, fraction = number(int, 1), number(float, 0, above=True), number(float, 0)
-    option("--reward", "what the agent is trained for", choices=REWARDS, required=True)
+    count, positive, non_negative = number(int, 1, 10**9), number(float, 0, above=True), number(float, 0)
+    option("--reward", "what the agent is trained for", choices=REWARDS)
+    option("--then", "rewards that replace it in further phases (unlearning)", nargs="+", choices=REWARDS, default=[])
+    option("--switch", "episodes at which the further phases begin (default: phases of equal length)", nargs="+", type=count)
     option("--model", "'tiny' (the embedded model), a folder, or a name on the Hugging Face hub", default="tiny")
     option("--game", "the game that is played", choices=GAMES, default="ipd")
-    option("--opponent", f"one of {', '.join(STRATEGIES)}; or four numbers P(C | CC CD DC DD)", nargs="+", default=["tit-for-tat"])
+    option("--opponent", f"one of {', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); 'learner', a second agent that is trained, too; or a "
+           "run folder, whose agent stays as it is", nargs="+", default=["tit-for-tat"])
+    option("--opponent-reward", "what a learning opponent is trained for (default: the agent's own reward)", choices=REWARDS)
     option("--sampling", "constrained: the answer is always one of the two names; free: it may be any text", choices=("constrained", "free"),
            default="constrained")
     option("--actions", "the names of C and of D", nargs=2, metavar=("C_NAME", "D_NAME"), default=["action1", "action2"])
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
     option("--rounds", "rounds per episode", type=count, default=5)
-    option("--xi", "penalty for betraying a cooperator, in points", type=fraction, default=3.0)
+    option("--xi", "penalty for betraying a cooperator, in points", type=non_negative, default=3.0)
     option("--illegal", "reward of an illegal answer, in points", type=number(float), default=-6.0)
     option("--lr", "Adam's learning rate", type=positive)
-    option("--rank", "of the LoRA adapter", type=count)
+    option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=positive)
     option("--epochs", "optimizer steps per update", type=count)
     option("--clip", "PPO's clip of the ratio and of the value", type=positive, default=0.2)
-    option("--kl-coef", "beta, the weight of the KL penalty at the start", type=fraction)
-    option("--kl-target", "KL in nats to which beta adapts", type=positive, default=6.0)
-    option("--vf-coef", "weight of the value loss", type=fraction, default=0.1)
+    option("--kl-coef", "beta, the weight of the KL penalty at the start", type=non_negative)
+    option("--kl-target", "KL in nats to which beta adapts; while KL is below it, beta falls", type=positive, default=6.0)
+    option("--vf-coef", "weight of the value loss", type=non_negative, default=0.1)
     option("--gamma", "discount per round; 0: each round is its own sample", type=number(float, 0, 1), default=0.0)
-    option("--seed", "of everything random", type=number(int, 0), default=1)
+    option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)
     option("--device", "cpu, cuda, mps ... (default: cuda where there is one)")
     option("--dtype", "of the frozen base (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16", "float16"))
+    option("--nodes", "at most so many tokens in one pass; more prompts take several passes (default: one pass)", type=count)
+    option("--checkpointing", "recompute each layer in the backward pass: less memory, a third more work", action="store_true")
+    option("--init", "start from the adapter and value head of this run folder", type=Path)
+    option("--save-every", "updates between saved states", type=count, default=10)
+    option("--resume", "continue the interrupted run in this folder; its settings are all taken from there", type=Path)
     option("--out", "the run folder (default: runs/REWARD-vs-OPPONENT-seedN)", type=Path)
     option("--overwrite", "replace the run folder if it exists", action="store_true")
     option("--merge", "also save a standalone model with the adapter merged in, in the run folder's merged/", action="store_true")
     args = parser.parse_args(argv)
-
+    if args.resume:
+        with blame("--resume"):
+            words = resumed_words(args.resume, sys.argv[1:] if argv is None else argv)
+        args = argparse.Namespace(**{**vars(parser.parse_args(words)), "resume": args.resume, "out": args.resume})
+    if args.reward is None:
+        parser.error("the following arguments are required: --reward")
     for key, value in DEFAULTS["embedded" if args.model == "tiny" else "paper"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     with blame("--opponent"):
-        args.strategy = parse_strategy(args.opponent)
+        args.strategy = read_opponent(args.opponent)
+    if args.opponent_reward and args.opponent != ["learner"]:
+        parser.error("--opponent-reward: only '--opponent learner' is trained")
     with blame("--actions"):
         check_names(args.actions)
-    args.out = args.out or Path("runs") / f"{args.reward}-vs-{'-'.join(args.opponent)}-seed{args.seed}"
-    with blame("--out"):
-        check_out(args.out, args.overwrite)
+    if args.batch * args.rounds == 1:
+        parser.error("--batch: an update of one round has no advantage to learn from: raise --batch or --rounds")
+    with blame("--switch"):
+        phases = len(args.then) + 1
+        args.switch = args.switch or [args.episodes * i // phases for i in range(1, phases)]
+        if len(args.switch) != len(args.then) or sorted({0, *args.switch, args.episodes}) != [0, *args.switch, args.episodes]:
+            raise ValueError(f"it takes one episode for each reward of --then, rising, between 0 and {args.episodes}")
+    name = "-then-".join([args.reward, *args.then]) + "-vs-" + "-".join(Path(word).name for word in args.opponent)
+    args.out = args.out or Path("runs") / f"{name}-seed{args.seed}"
+    if not args.resume:
+        with blame("--out", ValueError, OSError):
+            check_out(args.out, args.overwrite)
     return args
 
 
-def check_out(out, overwrite):
-    """Raise ValueError unless a run may be written to `out`: it does not exist, or it is a run folder and may be replaced."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another folder, or give --overwrite to replace it")
-    if out.exists() and not (out / "metrics.csv").exists():
-        raise ValueError(f"{out} is not a run folder, so it is not overwritten: choose another one")
+def read_opponent(words):
+    """Four numbers for a fixed opponent, None for a learning or a trained one. Raises ValueError."""
+    if words == ["learner"] or (len(words) == 1 and Path(words[0]).is_dir() and read_config(Path(words[0]))):
+        return None
+    try:
+        return parse_strategy(words)
+    except ValueError as error:
+        raise ValueError(f"{error}; nor is it 'learner' or a run folder" if len(words) == 1 else error) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------------- run
 
 def setup(args):
-    """Everything that can be wrong with the input goes wrong here, before anything is written. Returns the Learner and its tokenizer."""
+    """Everything that can be wrong with the input goes wrong here, before anything is written.
+
+    Returns (learners, fixed, tokenizer): one Learner for each seat that learns, the player's first; the tables of the seats that do not.
+    """
     import torch
 
-    from lora import add_adapter
-    from ppo import Learner, Policy, encode, load_model
+    from lora import add_adapter, load_adapter
+    from policy import Policy, checkpoint_layers, encode, load_model
+    from ppo import Learner
 
     torch.manual_seed(args.seed)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     with blame("--device"):
         try:
-            torch.zeros(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+            torch.zeros(1, device=args.device).item()
+        except Exception as error:  # torch raises many kinds, by the kind of device
             raise ValueError(f"{args.device} cannot be used here: {str(error).splitlines()[0]}") from None
     with blame("--model"):
-        model, tokenizer = load_model(EMBEDDED if args.model == "tiny" else args.model, args.device, getattr(torch, args.dtype))
+        model, tokenizer = load_model(args.model, args.device, getattr(torch, args.dtype))
         add_adapter(model, "player", args.rank, args.alpha)
-    with blame("--actions"):
-        texts, answers = encode(tokenizer, prompts(payoff_array(args.game), args.actions), args.actions)
-    with blame("--model"):
-        policy = Policy(model, "player", texts, answers, free=args.sampling == "free")
-    learner = Learner(policy, args.lr, args.epochs, args.clip, args.kl_coef, args.kl_target, args.vf_coef, args.gamma)
-    return learner, tokenizer
+        if args.checkpointing:
+            checkpoint_layers(model)
+    payoffs = payoff_array(args.game)
+
+    def policy(name, payoffs, sampling):
+        with blame("--actions"):
+            texts, answers = encode(tokenizer, prompts(payoffs, args.actions), args.actions)
+        with blame("--model"):
+            return Policy(model, name, texts, answers, sampling == "free", args.nodes)
+
+    def learner(name, payoffs):
+        own = policy(name, payoffs, args.sampling)
+        with blame("--model", Exception, mend="its kind of attention may be one that the token trie cannot run"):  # its first forward pass
+            return Learner(own, lr=args.lr, epochs=args.epochs, clip=args.clip, kl_coef=args.kl_coef, kl_target=args.kl_target,
+                           vf_coef=args.vf_coef, gamma=args.gamma)
+
+    if args.init:
+        with blame("--init", ValueError, OSError):
+            base_of(args.init, args.model)
+            load_adapter(model, "player", args.init)
+    learners, fixed = [learner("player", payoffs)], []
+    if args.init:
+        with blame("--init", ValueError, OSError):
+            learners[0].policy.load_value_head(args.init)
+    theirs = other_seat(payoffs)
+    if args.strategy is not None:
+        fixed = [memory_one(args.strategy)]
+    elif args.opponent == ["learner"]:
+        add_adapter(model, "opponent", args.rank, args.alpha)
+        learners.append(learner("opponent", theirs))
+    else:
+        with blame("--opponent", ValueError, OSError):
+            sampling = base_of(Path(args.opponent[0]), args.model)["sampling"]
+            load_adapter(model, "opponent", args.opponent[0])
+        with torch.no_grad():
+            log_probs, _ = policy("opponent", theirs, sampling)()
+        fixed = [log_probs.double().exp().cpu().numpy().reshape(len(STATES), ORDERS, -1)]
+    return learners, fixed, tokenizer
 
 
 def by_state(table, outcome):
@@ -159,89 +201,148 @@ def by_state(table, outcome):
     return {state: float(x) for state, x in zip(STATES, p)}
 
 
-def train(args, learner, writer):
-    """The training loop; one row of metrics per update. Returns the policy before and after, [state, order, outcome]."""
+def metrics_columns(learners):
+    """The columns of metrics.csv: those of the player and, where the opponent learns, too, the same for it."""
+    names = ["reward", "kl", "kl_coef", "policy_loss", "value_loss", "ratio", "skipped", *ACTION_TYPES, *(f"P(C|{state})" for state in STATES)]
+    return ["episodes", "phase", *names, *(f"opponent {name}" for name in names if len(learners) > 1)]
+
+
+def train(args, learners, fixed, state, save_state):
+    """The training loop: one row of metrics.csv per update. Returns the learners' tables [state, order, outcome] before and after.
+
+    state: what `read_state` returns, {} for a new run;  save_state(before, rng, updates done) is called every --save-every updates.
+    Raises FloatingPointError where training cannot go on, KeyboardInterrupt after a signal; the last saved state is good either way.
+    """
     from tqdm import tqdm
 
     rng = np.random.default_rng(args.seed)
-    opponent, opponent_opening = memory_one(args.strategy), opening(args.strategy)
-    rewards = reward_table(args.reward, payoff_array(args.game), args.xi, args.illegal)
-
-    before = policy = learner.act().reshape(len(STATES), ORDERS, -1)
+    rng.bit_generator.state = state.get("rng", rng.bit_generator.state)
+    opponent_opening = opening(args.strategy) if args.strategy is not None else 0.5
+    seats = [payoff_array(args.game), other_seat(payoff_array(args.game))]
+    phases = [args.reward, *args.then]
+    rewards = [[reward_table(own or phase, points, args.xi, args.illegal) for own, points in zip((None, args.opponent_reward), seats)]
+               for phase in phases]
     starts = range(0, args.episodes, args.batch)
-    with tqdm(starts, unit="update", disable=None) as progress:
-        for start in progress:
-            episodes = min(args.batch, args.episodes - start)
-            mine, theirs = play(rng, policy, opponent, episodes, args.rounds, opponent_opening)
-            points = rewards[mine.state, mine.action, theirs.move]
-            stats = learner.update(mine.prompt, mine.action, points)
-            counts = np.bincount((2 * mine.action + mine.state % 2).ravel(), minlength=6)
-            cooperation = by_state(policy, C)
-            writer.writerow([start + episodes, f"{points.mean():.6g}", *(f"{x:.6g}" for x in stats.values()), *counts,
-                             *(f"{p:.6g}" for p in cooperation.values())])
-            progress.set_postfix_str(f"reward {points.mean():+.2f}  KL {stats['kl']:.3f}  P(C) {np.mean(list(cooperation.values())):.2f}")
-            policy = learner.act().reshape(len(STATES), ORDERS, -1)
-    return before, policy
+
+    def act():
+        """Tables of the learners. One graph is kept, of a second learner none: it would double the memory."""
+        return [learner.act(keep_graph=seat == 0).reshape(len(STATES), ORDERS, -1) for seat, learner in enumerate(learners)]
+
+    tables = act()
+    before = [np.array(table) for table in state.get("before", tables)]
+    with open(args.out / "metrics.csv", "a", newline="", buffering=1) as file, \
+            tqdm(starts, initial=state.get("updates", 0), unit="update", disable=os.environ.get("RANK", "0") != "0" or None) as progress:
+        writer = csv.writer(file, lineterminator="\n")
+        for update in range(state.get("updates", 0), len(starts)):
+            if update % args.save_every == 0 and not any(learner.skipped_in_a_row for learner in learners):
+                save_state(before, rng, update)
+            episodes = min(args.batch, args.episodes - starts[update])
+            phase = sum(starts[update] >= switch for switch in args.switch)
+            played = play(rng, *tables, *fixed, episodes, args.rounds, opponent_opening)
+            row, shown = [starts[update] + episodes, phases[phase]], []
+            for learner, table, me, other, reward in zip(learners, tables, played, played[::-1], rewards[phase]):
+                points = reward[me.state, me.action, other.move]
+                stats = learner.update(me.prompt, me.action, points)
+                cooperation = by_state(table, C).values()
+                counts = np.bincount((2 * me.action + me.state % 2).ravel(), minlength=6)
+                row += [*(f"{x:.6g}" for x in (points.mean(), *stats.values())), *counts, *(f"{p:.6g}" for p in cooperation)]
+                shown.append(f"reward {points.mean():+.2f}  KL {stats['kl']:.3f}  P(C) {np.mean(list(cooperation)):.2f}"
+                             + (f"  skipped {stats['skipped']}" if stats["skipped"] else ""))
+            writer.writerow(row)
+            progress.set_postfix_str("  |  ".join(shown), refresh=False)
+            progress.update()
+            tables = act()
+            if args.stop:
+                save_state(before, rng, update + 1)
+                raise KeyboardInterrupt
+    return before, tables
 
 
-def save(args, learner, tokenizer, result):
-    """Adapter, value head, result, and the merged model if it was asked for."""
-    from safetensors.torch import save_file
-
+def save(args, learners, tokenizer, settings, result):
+    """What remains of a finished run; result.json comes last, and then the state is no longer needed."""
     from lora import merge_adapter, save_adapter
 
-    policy = learner.policy
-    save_adapter(policy.model, policy.name, args.out)
-    save_file({"weight": policy.value_weight.detach().cpu(), "bias": policy.value_bias.detach().cpu()}, args.out / "value_head.safetensors")
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    for learner, folder in zip(learners, (args.out, args.out / "opponent")):
+        folder.mkdir(exist_ok=True)
+        save_adapter(learner.policy.model, learner.policy.name, folder)
+        learner.policy.save_value_head(folder)
+        if folder != args.out:  # a folder that evaluate.py reads like any other
+            write_json(folder / "config.json", {**settings, "reward": args.opponent_reward or args.reward})
     if args.merge:
-        merge_adapter(policy.model, policy.name)
-        policy.model.save_pretrained(args.out / "merged")
+        merge_adapter(learners[0].policy.model, learners[0].policy.name)
+        learners[0].policy.model.save_pretrained(args.out / "merged")
         tokenizer.save_pretrained(args.out / "merged")
+    write_json(args.out / "result.json", result)
+    (args.out / "state.safetensors").unlink()
 
 
-def report(result):
-    """The policy before and after, as a small table."""
-    before, after = result["policy_before"], result["policy_after"]
-    print(f"\nP(C | own last, their last)   {'before':>7} {'after':>7}")
-    for state in STATES:
-        print(f"  P(C | {state})                  {before[state]:7.3f} {after[state]:7.3f}")
-    print(f"  P(illegal), mean             {np.mean(list(result['illegal_before'].values())):7.3f} "
-          f"{np.mean(list(result['illegal_after'].values())):7.3f}")
-    print(f"In a word: {describe(list(before.values()))} -> {describe(list(after.values()))}")
+def summarise(before, after):
+    """The part of result.json about policies; the tables [state, order, outcome] are those of the seats that learn."""
+    return {f"{seat}{kind}_{when}": by_state(table, outcome)
+            for seat, *tables in zip(("", "opponent_"), before, after)
+            for kind, outcome in (("policy", C), ("illegal", ILLEGAL)) for when, table in zip(("before", "after"), tables)}
+
+
+def report(before, after):
+    """The policies before and after, as small tables."""
+    for seat, *tables in zip(("P(C | own last, their last)", "The opponent's"), before, after):
+        print(f"\n{seat:30}{'before':>7} {'after':>7}")
+        for state in STATES:
+            print(f"  P(C | {state})".ljust(30) + " ".join(f"{by_state(table, C)[state]:7.3f}" for table in tables))
+        print("  P(illegal), mean".ljust(30) + " ".join(f"{table[..., 2:].sum(-1).mean():7.3f}" for table in tables))
+        print(f"In a word: {' -> '.join(describe(table) for table in tables)}")
+
+
+# -------------------------------------------------------------------------------------------------------------------------- main
+
+def run(args):
+    """From the command line's settings to the finished run folder."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    started = time.perf_counter()
+    learners, fixed, tokenizer = setup(args)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+                if key not in ("strategy", "resume", "out", "overwrite")}
+    print("  ".join(f"{key.replace('_', '-')}={' '.join(map(str, value)) if isinstance(value, list) else value}"
+                    for key, value in settings.items() if value not in (None, [])))
+    settings["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+                            "numpy": np.__version__}
+    with blame("--out", OSError, SafetensorError, mend=f"what was saved is kept: python train.py --resume {args.out}"), \
+            blame("--lr", FloatingPointError, mend=f"lower it; the last good state is kept in {args.out}"), locked(args.out), stop_signals(args):
+        if args.resume:
+            with blame("--resume"):
+                state = read_state(args, learners, settings)
+        else:
+            state = {}
+            clear(args.out)
+            write_json(args.out / "config.json", settings)
+            (args.out / "metrics.csv").write_text(",".join(metrics_columns(learners)) + "\n")
+        seconds = state.get("seconds", 0)
+
+        def save_state(*position):
+            write_state(args, learners, settings, seconds + time.perf_counter() - started, *position)
+
+        try:
+            before, after = train(args, learners, fixed, state, save_state)
+        except KeyboardInterrupt:
+            print(f"Stopped; to continue:  python train.py --resume {args.out}", file=sys.stderr)
+            raise SystemExit(130) from None
+        seconds = round(seconds + time.perf_counter() - started, 2)
+        result = {"reward": args.reward, **({"then": args.then} if args.then else {}), "opponent": " ".join(args.opponent), "seed": args.seed,
+                  "seconds": seconds, **summarise(before, after)}
+        save(args, learners, tokenizer, settings, result)
+    report(before, after)
+    print(f"Saved in {args.out} after {seconds} s.  To evaluate it:  python evaluate.py {args.out}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    started = time.perf_counter()
-    learner, tokenizer = setup(args)
     import torch
-    import transformers
-
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "strategy"}
-    print("  ".join(f"{key.replace('_', '-')}={' '.join(map(str, value)) if isinstance(value, list) else value}"
-                    for key, value in settings.items()))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "numpy": np.__version__}
-    with blame("--out", OSError):
-        if args.out.exists():
-            shutil.rmtree(args.out)
-        args.out.mkdir(parents=True)
-        (args.out / "config.json").write_text(json.dumps({**settings, "versions": versions}, indent=2) + "\n")
-        with open(args.out / "metrics.csv", "w", newline="", buffering=1) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["episodes", "reward", "kl", "kl_coef", "policy_loss", "value_loss", "ratio", *ACTION_TYPES,
-                             *(f"P(C|{state})" for state in STATES)])
-            before, after = train(args, learner, writer)
-        result = {
-            "reward": args.reward, "opponent": " ".join(args.opponent), "seed": args.seed,
-            "seconds": round(time.perf_counter() - started, 2),
-            "policy_before": by_state(before, C), "policy_after": by_state(after, C),
-            "illegal_before": by_state(before, ILLEGAL), "illegal_after": by_state(after, ILLEGAL),
-        }
-        save(args, learner, tokenizer, result)
-    report(result)
-    print(f"Saved in {args.out} after {result['seconds']} s.  To evaluate it:  python evaluate.py {args.out}")
+    with processes(args), blame("--batch", MemoryError, mend="lower it or --rounds"), \
+            blame("--device", torch.OutOfMemoryError, mend="take --checkpointing, --nodes, --dtype bfloat16 or a lower --rank"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 from envs import C, ILLEGAL, payoff_array, prompts
-from ppo import Policy, encode
+from policy import Policy, encode
 
 sys.path.insert(0, str(ROOT / "tiny"))
 from pretrain import reading  # noqa: E402

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+import envs
+import evaluate
 import train
 from conftest import ROOT, random_model
+from policy import Policy, encode, load_model
+from runs import processes
 
 SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
-HALF = ["--episodes", "1280"]                   # half of the default is enough to learn one optimum
+ENOUGH = ["--episodes", "7680"]                   # half of the default are enough to learn one optimum
 
 
 def run(out, *options):
@@ -23,26 +27,33 @@ def run(out, *options):
     return json.loads((out / "result.json").read_text())
 
 
+def setup(*options):
+    """What `train.setup` returns, without a run."""
+    args = train.parse_args(["--reward", "game", "--out", "never-written", *options])
+    with processes(args):
+        return train.setup(args)
+
+
 # -------------------------------------------------------------------------------------------------------------------- learning
 # All seeds, rewards and opponents are in benchmarks/learning.py; here one of each.
 
 @pytest.mark.parametrize("reward, optimum", [("game", [0, 0, 0, 0]), ("utilitarian", [1, 1, 1, 1]), ("deontological", [1, None, 1, None]),
                                              ("game+deontological", [1, 0, 1, 0])])
 def test_learns_the_optimum_worked_out_by_hand(reward, optimum, tmp_path):
-    result = run(tmp_path / "run", "--reward", reward, "--opponent", "random", *HALF)
+    result = run(tmp_path / "run", "--reward", reward, *ENOUGH)
     for p, best in zip(result["policy_after"].values(), optimum):
         assert best is None or abs(p - best) <= 0.05
     assert any(best is not None and abs(p - best) > 0.05 for p, best in zip(result["policy_before"].values(), optimum))
 
 
 def test_learns_to_be_legal(tmp_path):
-    result = run(tmp_path / "run", "--reward", "utilitarian", "--sampling", "free", "--opponent", "random", *HALF)
+    result = run(tmp_path / "run", "--reward", "utilitarian", "--sampling", "free", *ENOUGH)
     assert 0.2 <= np.mean(list(result["illegal_before"].values())) <= 0.7
     assert max(result["illegal_after"].values()) <= 0.02 and min(result["policy_after"].values()) >= 0.95
 
 
 def test_shadow_of_the_future(tmp_path):
-    patient = run(tmp_path / "patient", "--reward", "game", "--gamma", "0.9", *HALF)
+    patient = run(tmp_path / "patient", "--reward", "game", "--gamma", "0.9", *ENOUGH)
     assert patient["policy_after"]["CC"] >= 0.95
 
 
@@ -73,6 +84,79 @@ def test_metrics(runs):
     assert float(rows[0]["kl_coef"]) == train.DEFAULTS["embedded"]["kl_coef"] > float(rows[1]["kl_coef"])
 
 
+def test_every_setting_arrives(tmp_path, monkeypatch):
+    """One update with nothing at its default, replayed by hand from the untuned policy on the same generator."""
+    from ppo import Learner
+    given = {}
+    create = Learner.__init__
+    monkeypatch.setattr(Learner, "__init__", lambda self, policy, **settings: given.update(settings) or create(self, policy, **settings))
+    out = tmp_path / "run"
+    run(out, "--reward", "game+deontological", "--game", "bach-stravinsky", "--opponent", "0.9", "0.2", "0.6", "0.4", "--sampling", "free",
+        "--xi", "2", "--illegal", "-4", "--rounds", "7", "--episodes", "50", "--batch", "50", "--actions", "moon", "river", "--lr", "0.001",
+        "--epochs", "3", "--clip", "0.3", "--kl-coef", "0.15", "--kl-target", "5", "--vf-coef", "0.25", "--gamma", "0.5", "--seed", "9",
+        "--rank", "4", "--alpha", "12")
+    assert given == dict(lr=0.001, epochs=3, clip=0.3, kl_coef=0.15, kl_target=5, vf_coef=0.25, gamma=0.5)
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 12)
+
+    payoffs = envs.payoff_array("bach-stravinsky")
+    model, tokenizer = load_model("tiny", "cpu", "float32")
+    policy = Policy(model, None, *encode(tokenizer, envs.prompts(payoffs, ("moon", "river")), ("moon", "river")), free=True)
+    table = policy()[0].detach().double().exp().numpy().reshape(4, 4, 3)
+    mine, theirs = envs.play(np.random.default_rng(9), table, envs.memory_one((0.9, 0.2, 0.6, 0.4)), 50, 7)
+    points, counts = [], dict.fromkeys(train.ACTION_TYPES, 0)
+    for state, action, move, other in zip(*(array.ravel() for array in (mine.state, mine.action, mine.move, theirs.move))):
+        after_c = state in (0, 2)  # the opponent's last move is the second letter of CC CD DC DD
+        counts[("C", "D", "illegal")[action] + "|" + "DC"[after_c]] += 1
+        points.append(-4 if action == 2 else payoffs[move, other, 0] - 2 * (move == 1 and after_c))
+    row = next(csv.DictReader(open(out / "metrics.csv")))
+    assert float(row["reward"]) == pytest.approx(np.mean(points), abs=1e-5)
+    assert {kind: int(row[kind]) for kind in counts} == counts and row["phase"] == "game+deontological"
+
+
+# ----------------------------------------------------------------------------------------------------------- other seats and phases
+
+def test_two_learners_with_rewards_of_their_own(tmp_path):
+    out = tmp_path / "run"
+    result = run(out, "--reward", "deontological", "--opponent", "learner", "--opponent-reward", "game", *ENOUGH)
+    assert min(result["policy_after"][state] for state in ("CC", "DC")) >= 0.9 and max(result["opponent_policy_after"].values()) <= 0.05
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert float(rows[-1]["opponent reward"]) > 1 and float(rows[-1]["reward"]) > -0.1
+    assert all(sum(int(row[f"{seat}{kind}"]) for kind in train.ACTION_TYPES) == 256 * 5 for row in rows for seat in ("", "opponent "))
+    assert (out / "adapter_model.safetensors").read_bytes() != (out / "opponent" / "adapter_model.safetensors").read_bytes()
+    evaluate.main([str(out), str(out / "opponent"), "--game", "ipd", "--actions", "action1", "action2", "--json", str(tmp_path / "out.json")])
+    seen = json.loads((tmp_path / "out.json").read_text())["runs"]
+    for agent, key in zip(seen, ("policy_after", "opponent_policy_after")):
+        assert list(agent["games"]["ipd"]["policy"].values()) == pytest.approx(list(result[key].values()), abs=1e-4)
+
+
+def test_the_seats_see_the_game_from_their_own_sides():
+    """Bach or Stravinsky: a cell's points change places between the two seats' prompts."""
+    learners, _, tokenizer = setup("--opponent", "learner", "--game", "bach-stravinsky")
+    mine, theirs = (" ".join(map(tokenizer.decode, learner.policy.shards[0][1].tokens)) for learner in learners)
+    assert "3, 2" in mine and "2, 3" in mine and mine != theirs
+    assert mine.index("3, 2") < mine.index("2, 3") and theirs.index("2, 3") < theirs.index("3, 2")
+
+
+def test_unlearning(tmp_path):
+    result = run(tmp_path / "run", "--reward", "game", "--then", "utilitarian", "--switch", "5120", "--episodes", "12800")
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    assert [row["phase"] for row in rows] == ["game"] * 20 + ["utilitarian"] * 30
+    assert max(float(rows[20][f"P(C|{state})"]) for state in result["policy_after"]) <= 0.05
+    assert min(result["policy_after"].values()) >= 0.95
+
+
+def test_a_trained_run_as_opponent_and_as_beginning(runs, tmp_path):
+    trained = json.loads((runs / "a" / "result.json").read_text())
+    result = run(tmp_path / "run", "--reward", "game", "--opponent", str(runs / "a"), "--init", str(runs / "a"), "--sampling", "free", *SHORT)
+    assert result["policy_before"] == pytest.approx(trained["policy_after"], abs=1e-6)
+    first = next(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    assert float(first["kl"]) > 1e-4  # the reference is the base model, not the run it begins with
+    frozen = setup("--opponent", str(runs / "a"))[1][0]
+    assert train.by_state(frozen, 0) == pytest.approx(trained["policy_after"], abs=1e-6)
+    assert frozen.shape == (4, 4, 3)  # it was trained with free sampling, so it may answer illegally here, too
+
+
 def test_result_and_config(runs):
     result = json.loads((runs / "a" / "result.json").read_text())
     assert list(result) == ["reward", "opponent", "seed", "seconds", "policy_before", "policy_after", "illegal_before", "illegal_after"]
@@ -88,7 +172,6 @@ def test_adapter_reproduces_the_policy_after(runs):
     """The saved adapter, loaded on a fresh base, has the policy that result.json reports; so has the merged model."""
     from envs import C, payoff_array, prompts
     from lora import load_adapter
-    from ppo import Policy, encode, load_model
     reported = list(json.loads((runs / "a" / "result.json").read_text())["policy_after"].values())
     for path, name in ((ROOT / "tiny", "player"), (runs / "a" / "merged", None)):
         model, tokenizer = load_model(path, "cpu", "float32")
@@ -138,10 +221,19 @@ def refused(capsys, argv, *words):
     (["--alpha", "0"], ["--alpha", "above 0"]), (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--lr", "inf"], ["--lr"]),
     (["--lr", "fast"], ["--lr"]), (["--xi", "-1"], ["--xi"]), (["--illegal", "nan"], ["--illegal"]), (["--epochs", "0"], ["--epochs"]),
     (["--clip", "0"], ["--clip"]), (["--kl-coef", "-0.1"], ["--kl-coef"]), (["--kl-target", "0"], ["--kl-target"]),
-    (["--vf-coef", "-1"], ["--vf-coef"]), (["--gamma", "1.1"], ["--gamma", "from 0 to 1"]), (["--seed", "-1"], ["--seed"]),
+    (["--vf-coef", "-1"], ["--vf-coef"]), (["--gamma", "1.1"], ["--gamma", "at most 1"]), (["--seed", "-1"], ["--seed"]),
     (["--dtype", "int8"], ["--dtype"]), (["--sampling", "greedy"], ["--sampling"]), (["--actions", "A"], ["--actions"]),
     (["--actions", "A", "A"], ["--actions", "differ"]), (["--actions", "", "A"], ["--actions", "non-empty"]),
     (["--actions", "action", "action1"], ["--actions", "told apart"]), (["--device", "abacus"], ["--device"]),
+    (["--seed", "9" * 30], ["--seed"]), (["--rank", "9" * 15], ["--rank"]), (["--episodes", "9" * 30], ["--episodes"]),
+    (["--device", "meta"], ["--device"]), (["--batch", "1", "--rounds", "1"], ["--batch"]), (["--actions", "<end_of_turn>", "moon"], ["--actions"]),
+    (["--actions", "\u4e2d", "moon"], ["--actions", "unknown"]), (["--switch", "5"], ["--switch"]),
+    (["--then", "kindness"], ["--then"]), (["--then", "game", "--switch", "0"], ["--switch"]),
+    (["--then", "game", "--switch", "99999999"], ["--switch"]), (["--then", "game", "utilitarian", "--switch", "20", "10"], ["--switch"]),
+    (["--opponent-reward", "game"], ["--opponent-reward"]), (["--opponent", "tests"], ["--opponent", "not a run folder"]),
+    (["--init", "tests"], ["--init", "not a run folder"]), (["--init", "nowhere"], ["--init"]), (["--save-every", "0"], ["--save-every"]),
+    (["--resume", "nowhere"], ["--resume"]), (["--rounds", "1e3"], ["--rounds"]), (["--gamma", "-0.1"], ["--gamma"]),
+    (["--kl-coef", "nan"], ["--kl-coef"]), (["--xi", "inf"], ["--xi"]), (["--opponent", "0.5"], ["--opponent"]),
     (["--model", "no/such-model"], ["--model", "no/such-model"]), (["--model", "tests"], ["--model"]), (["--colour", "red"], ["--colour"]),
 ])
 def test_bad_options(options, words, capsys, tmp_path):
