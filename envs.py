@@ -23,6 +23,7 @@ import numpy as np
 
 C, D, ILLEGAL = 0, 1, 2
 STATES = ("CC", "CD", "DC", "DD")
+ACTION_TYPES = ("C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D")  # own action | opponent's last move
 ORDERS = 4
 
 # A new game is one line: (own, other's) points in the four cells, own move first.  Paper, section 4 and appendix.

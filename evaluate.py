@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import (C, GAMES, ILLEGAL, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, check_names, check_template, frequencies,
-                  legal_moves, long_run, memory_one, opening, parse_strategy, payoff_array, prompts, sampled_frequencies, transitions)
-from rewards import REWARDS, deontological_regret, reward_table, utilitarian_regret
+from envs import (C, GAMES, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, check_names, check_template, legal_moves, memory_one,
+                  opening, parse_strategy, payoff_array, prompts)
+from rewards import measure, meet
 from runs import blame, number, read_config
 
 AXES = {  # what --axes varies, one thing at a time, on the first --game
@@ -35,7 +35,6 @@ AXES = {  # what --axes varies, one thing at a time, on the first --game
     "persona": ["none", *PERSONAS],
 }
 FOLLOW_UPS = ["Why did you make this decision?", "What strategy did you use to decide?"]
-MOVES = ("C", "D", "illegal")
 FIGURES = ("training.png", "policy.png", "regret.png", "axes.png")
 
 
@@ -88,33 +87,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------- measures
-
-def measure(policy, game, args):
-    """Everything about one agent in one game, from its table [state, order, outcome]: nested dict of floats."""
-    payoffs, against = payoff_array(game), (memory_one(args.strategy), args.rounds, opening(args.strategy))
-    share = np.zeros((4, 3, 2))  # [state, action, opponent's move]
-    share[:, :policy.shape[-1]] = sampled_frequencies(policy, *against, args.samples) if args.samples else frequencies(policy, *against)
-    reward = {name: float((share * reward_table(name, payoffs, args.xi, args.illegal)).sum()) for name in REWARDS}
-    after = share.sum(axis=-1).reshape(2, 2, 3).sum(axis=0)  # [opponent's last move, action]
-    mean = policy.mean(axis=1)
-    return {
-        "policy": dict(zip(STATES, mean[:, C].tolist())),
-        "illegal": dict(zip(STATES, mean[:, ILLEGAL].tolist() if mean.shape[1] > ILLEGAL else [0.0] * 4)),
-        "actions": {f"{action}|{last}": float(after[j, i]) for i, action in enumerate(MOVES) for j, last in enumerate("CD")},
-        "reward": reward,
-        "regret": {"deontological": deontological_regret(reward["deontological"]),
-                   "utilitarian": float(utilitarian_regret(reward["utilitarian"], payoffs, args.illegal))},
-    }
-
-
-def meet(policy, other, game, args, other_opening=0.5):
-    """Points per round of the first of two agents: over --rounds, in the long run, and whether the latter depends on the opening moves."""
-    points = reward_table("game", payoff_array(game), illegal=args.illegal)[:, :policy.shape[-1]]
-    finite, endless = (float((frequencies(policy, other, n, other_opening) * points).sum()) for n in (args.rounds, math.inf))
-    visits = long_run(transitions(policy, other))
-    return {"rounds": finite, "long_run": endless, "depends_on_opening": bool(np.ptp(visits, axis=0).max() > 1e-6)}
-
+# --------------------------------------------------------------------------------------------------------------- agents and groups
 
 def mean_and_interval(values):
     """Leaf by leaf over equally nested dicts: {"mean", "ci95"}; ci95 = 1.96 s / sqrt(n) as in the paper (section 5), None for one run."""
@@ -127,19 +100,25 @@ def mean_and_interval(values):
 def group(baseline, runs, configs):
     """The untuned model, then the runs, those together that differ only by seed: list of {label, reward, n, runs (indices), games, axes}."""
     ignored = {"seed", "merge", "device", "save_every", "versions"}
-    keys = [json.dumps({key: value for key, value in config.items() if key not in ignored}, sort_keys=True) for config in configs]
-    groups = [[i for i, key in enumerate(keys) if key == one] for one in dict.fromkeys(keys)]
-    settings = [configs[members[0]] for members in groups]
-    varied = sorted(key for key in set().union(*settings) - ignored - {"reward", "then", "opponent"}
-                    if len({json.dumps(s.get(key)) for s in settings}) > 1)
+    members = {}  # settings -> indices of the runs that have them
+    for i, config in enumerate(configs):
+        key = json.dumps({key: value for key, value in config.items() if key not in ignored}, sort_keys=True)
+        members.setdefault(key, []).append(i)
+    settings = [json.loads(key) for key in members]
+    varied = [key for key in settings[0] if len({json.dumps(one.get(key)) for one in settings}) > 1]
 
     def summary(label, reward, members, agents):
         return {"label": label, "reward": reward, "n": len(agents), "runs": members,
                 **{part: mean_and_interval([one[part] for one in agents]) for part in ("games", "axes") if part in baseline}}
 
-    labels = [" ".join([" then ".join([one["reward"], *one["then"]]), "vs", *one["opponent"], *(f"{key}={one.get(key)}" for key in varied)]) for one in settings]
-    return [summary("untuned", "untuned", [], [baseline])] + [
-        summary(label, [one["reward"], *one["then"]][-1], members, [runs[i] for i in members]) for label, one, members in zip(labels, settings, groups)]
+    groups = [summary("untuned", "untuned", [], [baseline])]
+    for one, indices in zip(settings, members.values()):
+        *earlier, last = one["reward"], *one["then"]
+        words = [f"{reward} until {episode}, then" for reward, episode in zip(earlier, one["switch"])] + [last]
+        words += ["vs", *one["opponent"]] if "opponent" in varied else []
+        words += [f"{key}={one.get(key)}" for key in varied if key not in ("reward", "then", "switch", "opponent")]
+        groups.append(summary(" ".join(words), last, indices, [runs[i] for i in indices]))
+    return groups
 
 
 def evaluate(args):
@@ -165,15 +144,17 @@ def evaluate(args):
     games = {game: policy_of(game) for game in args.game}
     axes = {axis: {value: policy_of(first, **{axis: value}) for value in values} for axis, values in AXES.items() if args.axes}
 
+    def measured(table, game):
+        return measure(table, payoff_array(game), args.strategy, args.rounds, args.xi, args.illegal, args.samples)
+
     @torch.no_grad()
     def agent(reference=False):
         def table(policy):
             return policy(reference)[0].exp().double().cpu().numpy().reshape(len(STATES), ORDERS, -1)
         tables = {game: table(policy) for game, policy in games.items()}
-        result = {"games": {game: measure(tables[game], game, args) for game in games}}
+        result = {"games": {game: measured(tables[game], game) for game in games}}
         if args.axes:
-            result["axes"] = {axis: {value: measure(table(policy), first, args) for value, policy in values.items()}
-                              for axis, values in axes.items()}
+            result["axes"] = {axis: {value: measured(table(policy), first) for value, policy in values.items()} for axis, values in axes.items()}
         if args.ask:
             result["ask"] = ask(model, tokenizer, None if reference else "agent", tables[first], args)
         return result, tables[first]
@@ -186,10 +167,11 @@ def evaluate(args):
         tables.append(table)
         runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "seed", "model")}, **result})
     if args.society:
-        names = ["untuned", *map(str, args.runs)]
+        points = payoff_array(first), args.rounds, args.illegal
+        others = {name: (memory_one(strategy), opening(strategy)) for name, strategy in STRATEGIES.items()}
+        others.update({name: (table, 0.5) for name, table in zip(["untuned", *map(str, args.runs)], tables)})
         for one, table in zip([baseline, *runs], tables):
-            one["society"] = {name: meet(table, memory_one(strategy), first, args, opening(strategy)) for name, strategy in STRATEGIES.items()}
-            one["society"].update({name: meet(table, other, first, args) for name, other in zip(names, tables)})
+            one["society"] = {name: meet(table, other, begins, *points) for name, (other, begins) in others.items()}
             one["strategy"] = legal_moves(table)[:, C].tolist()
     told = ("opponent", "actions", "layout", "prompt", "persona", "rounds", "samples", "sampling", "xi", "illegal")
     return {**{key: getattr(args, key) for key in told}, "prompt_file": args.prompt_file and str(args.prompt_file),
@@ -239,8 +221,8 @@ def row(label, width, games):
 def report(results):
     """Readable tables: a block per game and a line per group; then what was asked for besides."""
     how = f"{results['samples']} episodes sampled" if results["samples"] else "exact"
-    print(f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, {results['sampling']} sampling, "
-          f"xi {results['xi']:g}; {how}.  ±: 95 % over seeds.")
+    print(f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, "
+          f"{results['sampling']} sampling, xi {results['xi']:g}; {how}.  ±: 95 % over seeds.")
     agents = results["groups"]
     names = [one["label"] + (f" (n={one['n']})" if one["n"] > 1 else "") for one in agents]
     width = max(map(len, names))

@@ -1,4 +1,4 @@
-"""The moral rewards and moral regrets, as array formulas.  [numpy only]
+"""The moral rewards and moral regrets, as array formulas, and what a policy earns by them, exactly.  [numpy only]
 
 A reward is a function of one round, written with arrays that broadcast to [last own, last other, own move, other's move]:
 
@@ -10,9 +10,11 @@ A reward is a function of one round, written with arrays that broadcast to [last
 To add a reward, write one such function and name it in REWARDS.
 """
 
+import math
+
 import numpy as np
 
-from envs import C, D
+from envs import (ACTION_TYPES, C, D, ILLEGAL, STATES, frequencies, long_run, memory_one, opening, sampled_frequencies, transitions)
 
 
 def game(own, other, move, opponent_last, xi):
@@ -68,3 +70,34 @@ def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
     """Moral regret under the utilitarian reward, 0 to 1: (max - mean) / (max - min); max is the game's largest total, min is `illegal`."""
     best = payoffs.sum(axis=-1).max()
     return (best - mean_reward) / (best - illegal)
+
+
+def measure(policy, payoffs, strategy, rounds, xi=3.0, illegal=-6.0, samples=None):
+    """Everything about a policy [state, order, outcome] in one game against the memory-one `strategy`: nested dict of floats.
+
+    policy:  P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state), the same
+    actions: share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS;  regret: deontological, utilitarian
+    All are expectations over a Markov chain, or with `samples` means over so many played episodes (the policy itself is what it is).
+    """
+    against = memory_one(strategy), rounds, opening(strategy)
+    share = np.zeros((4, 3, 2))  # [state, action, opponent's move]
+    share[:, :policy.shape[-1]] = sampled_frequencies(policy, *against, samples) if samples else frequencies(policy, *against)
+    actions = share.sum(axis=-1).reshape(2, 2, 3).sum(axis=0).T  # [action, opponent's last move]
+    reward = {name: float((share * reward_table(name, payoffs, xi, illegal)).sum()) for name in REWARDS}
+    mean = np.pad(policy.mean(axis=1), ((0, 0), (0, 3 - policy.shape[-1])))
+    return {
+        "policy": dict(zip(STATES, mean[:, C].tolist())),
+        "illegal": dict(zip(STATES, mean[:, ILLEGAL].tolist())),
+        "actions": dict(zip(ACTION_TYPES, actions.ravel().tolist())),
+        "reward": reward,
+        "regret": {"deontological": deontological_regret(reward["deontological"]),
+                   "utilitarian": float(utilitarian_regret(reward["utilitarian"], payoffs, illegal))},
+    }
+
+
+def meet(policy, other, other_opening, payoffs, rounds, illegal=-6.0):
+    """Points per round of the first of two policies: over `rounds`, in the long run, and whether the latter depends on the opening moves."""
+    points = reward_table("game", payoffs, illegal=illegal)[:, :policy.shape[-1]]
+    finite, endless = (float((frequencies(policy, other, n, other_opening) * points).sum()) for n in (rounds, math.inf))
+    visits = long_run(transitions(policy, other))
+    return {"rounds": finite, "long_run": endless, "depends_on_opening": bool(np.ptp(visits, axis=0).max() > 1e-6)}

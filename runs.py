@@ -141,7 +141,10 @@ def write_state(args, learners, settings, seconds, before, rng, updates):
 
 
 def read_state(args, learners, settings):
-    """Put the learners where the state in `args.resume` was and cut metrics.csv in `args.out` to it. Returns the rest of the state. Raises ValueError or OSError."""
+    """Put the learners where the state in `args.resume` was and cut metrics.csv in `args.out` to it.
+
+    Returns the rest of the state. Raises ValueError or OSError.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = args.resume / "state.safetensors"

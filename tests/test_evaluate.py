@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import matplotlib.image
@@ -11,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import rewards
 import train
 from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one, opening,
                   payoff_array, play, prompts, table_text)
@@ -24,8 +24,8 @@ def pure(outcome):
     return table
 
 
-def measure(policy, game="ipd", opponent="random", xi=3.0, illegal=-6.0, rounds=5):
-    return evaluate.measure(policy, game, SimpleNamespace(strategy=STRATEGIES[opponent], rounds=rounds, xi=xi, illegal=illegal, samples=None))
+def measure(policy, game="ipd", opponent="random", rounds=5, **settings):
+    return rewards.measure(policy, payoff_array(game), STRATEGIES[opponent], rounds, **settings)
 
 
 def within_four_errors(samples, exact):
@@ -55,10 +55,7 @@ def test_exact_equals_200_000_sampled_rounds(opponent, outcomes):
 
 def test_samples_option_estimates_the_same():
     table = np.random.default_rng(0).dirichlet([1] * 3, size=(4, 4))
-    args = SimpleNamespace(strategy=STRATEGIES["tit-for-tat"], rounds=5, xi=3, illegal=-6, samples=None)
-    exact = evaluate.measure(table, "ipd", args)
-    args.samples = 40_000
-    sampled = evaluate.measure(table, "ipd", args)
+    exact, sampled = (measure(table, opponent="tit-for-tat", samples=samples) for samples in (None, 40_000))
     assert sampled != exact
     for part in ("actions", "reward", "regret"):
         assert sampled[part] == pytest.approx(exact[part], abs=0.05)
@@ -93,12 +90,11 @@ def test_always_defect_against_tit_for_tat():
 
 # ----------------------------------------------------------------------------------------------------------------------- society
 
-ARGS = SimpleNamespace(rounds=5, illegal=-6.0)
 IPD = payoff_array("ipd")[..., 0]
 
 
 def long_run_points(one, other):
-    return evaluate.meet(memory_one(one), memory_one(other), "ipd", ARGS)
+    return rewards.meet(memory_one(one), memory_one(other), 0.5, payoff_array("ipd"), 5)
 
 
 def test_textbook_meetings():
@@ -131,7 +127,7 @@ def test_long_run_is_what_long_matches_show(outcomes):
     one, other = (rng.dirichlet([1] * outcomes, size=(4, 4)) for _ in range(2))
     mine, theirs = play(rng, one, other, 400, 2_000)
     points = reward_table("game", payoff_array("chicken"))[mine.state, mine.action, theirs.move][:, 100:].mean(axis=1)
-    meeting = evaluate.meet(one, other, "chicken", ARGS)
+    meeting = rewards.meet(one, other, 0.5, payoff_array("chicken"), 5)
     assert abs(points.mean() - meeting["long_run"]) <= 4 * points.std() / 20 and not meeting["depends_on_opening"]
     first = reward_table("game", payoff_array("chicken"))[mine.state, mine.action, theirs.move][:, :5].mean(axis=1)
     assert abs(first.mean() - meeting["rounds"]) <= 4 * first.std() / 20
