@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import (C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, describe, memory_one, opening, other_seat,
+from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, describe, memory_one, opening, other_seat,
                   parse_strategy, payoff_array, play, prompts)
 from rewards import REWARDS, reward_table
 from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, stop_signals, write_json,
@@ -33,10 +33,9 @@ from runs import (base_of, blame, check_out, clear, locked, number, processes, r
 # torch, transformers and the rooms that need them are imported in `setup`: --help and a bad option answer at once.
 
 DEFAULTS = {  # settings that depend on the model; None on the command line means: take them from here
-    "embedded": dict(episodes=15360, batch=256, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.4),
+    "embedded": dict(episodes=15360, batch=256, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.5),
     "paper": dict(episodes=1000, batch=1, lr=1.41e-5, rank=64, alpha=32.0, epochs=4, kl_coef=0.2),
 }
-ACTION_TYPES = ("C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D")  # own action | opponent's last move
 
 
 # ------------------------------------------------------------------------------------------------------------------ command line
