@@ -1,13 +1,14 @@
 """The paper's grid on one model: six kinds of training, a fixed and a learning opponent, five seeds, free sampling; then its figures.
 
-    python benchmarks/reproduce.py                                   # the embedded model: about a quarter of an hour on two cores
+    python benchmarks/reproduce.py                                   # the embedded model: a quarter of an hour on two cores
     python benchmarks/reproduce.py --model google/gemma-2-2b-it      # the real reproduction, for a GPU (not run here)
 
 Runs go to results/MODEL/runs; what is finished is skipped and what was interrupted is resumed, so the command may be stopped and given again. The
-evaluation (random opponent, names never shown in training, all five games) goes to results/MODEL/*.json and to results/MODEL/figures.
+evaluation (random opponent, names never shown in training, all five games) goes to results/MODEL/*.json, *.txt, *.md and to results/MODEL/figures.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -38,12 +39,22 @@ def train(out, options, environment):
 
 
 def evaluate(runs, folder, name, *options):
-    """evaluate.py on several runs: its JSON, its figures, and its table as text."""
+    """evaluate.py on several runs: its JSON, its figures, its tables as text, and both regrets of all games in markdown."""
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", *runs, *options, "--overwrite", "--json", folder / f"{name}.json",
                            "--plot", folder / "figures" / name], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     (folder / f"{name}.txt").write_text(done.stdout)
+    groups = json.loads((folder / f"{name}.json").read_text())["groups"]
+    lines = []
+    for norm in ("deontological", "utilitarian"):
+        lines += [f"| {norm} regret | " + " | ".join(groups[0]["games"]) + " |", "|---" * (1 + len(groups[0]["games"])) + "|"]
+        for one in groups:
+            leaves = [measures["regret"][norm] for measures in one["games"].values()]
+            cells = [f"{leaf['mean']:.2f}" + (f" ± {leaf['ci95']:.2f}" if one["n"] > 1 else "") for leaf in leaves]
+            lines.append(f"| {one['label']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    (folder / f"{name}.md").write_text("\n".join(lines))
 
 
 def main():
@@ -59,13 +70,15 @@ def main():
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if embedded else {})}
     rounds = [] if embedded else ["--rounds", "3"]  # the paper's, against a learner on its GPU
     grid = [(folder / "runs" / f"{kind}-vs-{opponent}-seed{seed}",
-             [*options, "--opponent", opponent, "--seed", seed, "--sampling", "free", "--model", args.model, *(rounds if opponent == "learner" else [])])
+             [*options, "--opponent", opponent, "--seed", seed, "--sampling", "free", "--model", args.model,
+              *(rounds if opponent == "learner" else [])])
             for seed in range(1, args.seeds + 1) for opponent in OPPONENTS for kind, options in KINDS.items()]
     with ThreadPoolExecutor(jobs) as pool:
         list(tqdm(pool.map(lambda job: train(*job, environment), grid), total=len(grid), unit="run"))
     for opponent in OPPONENTS:
         runs = [out for kind in KINDS for out, _ in grid if out.name.startswith(f"{kind}-vs-{opponent}-")]
         evaluate(runs, folder, f"new-names-vs-{opponent}", "--axes")
+        evaluate(runs, folder, f"new-names-constrained-vs-{opponent}", "--sampling", "constrained")
         evaluate(runs, folder, f"training-names-vs-{opponent}", "--actions", "action1", "action2")
     print(f"Tables and figures are in {folder}")
 
