@@ -18,7 +18,7 @@ from policy import Policy, encode, load_model
 from runs import processes
 
 SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
-ENOUGH = ["--episodes", "7680"]                   # half of the default are enough to learn one optimum
+ENOUGH = ["--episodes", "10240"]                  # two thirds of the default are enough to learn one optimum
 
 
 def run(out, *options):
