@@ -103,7 +103,7 @@ def describe(policy):
         return "never betrays a cooperator"
     if p[[0, 2]].max() <= 0.1:
         return "always betrays a cooperator"
-    return "a mixed policy"
+    return "no classic strategy"
 
 
 class Seat(NamedTuple):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import (C, GAMES, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, check_names, check_template, legal_moves, memory_one,
-                  opening, parse_strategy, payoff_array, prompts)
+                  opening, other_seat, parse_strategy, payoff_array, prompts)
 from rewards import measure, meet
 from runs import blame, number, read_config
 
@@ -73,6 +73,9 @@ def parse_args(argv=None):
         check_template(args.template)
     with blame("RUN"):
         args.configs = [read_config(run) for run in args.runs]
+        for run in args.runs:
+            if (run / "state.safetensors").exists() or not (run / "adapter_model.safetensors").exists():
+                raise ValueError(f"{run} is not finished: leave it out, or continue it with  python train.py --resume {run}")
         for key, mend in (("model", "evaluate them apart"), ("dtype", "evaluate them apart"), ("sampling", "choose one with --sampling")):
             kinds = sorted({config[key] for config in args.configs})
             if len(kinds) > 1 and not (key == "sampling" and args.sampling):
@@ -116,8 +119,8 @@ def group(baseline, runs, configs):
         *earlier, last = one["reward"], *one["then"]
         words = [f"{reward} until {episode}, then" for reward, episode in zip(earlier, one["switch"])] + [last]
         words += ["vs", *one["opponent"]] if "opponent" in varied else []
-        words += [f"{key}={one.get(key)}" for key in varied if key not in ("reward", "then", "switch", "opponent")]
-        groups.append(summary(" ".join(words), last, indices, [runs[i] for i in indices]))
+        label = ", ".join([" ".join(words), *(f"{key} {one.get(key)}" for key in varied if key not in ("reward", "then", "switch", "opponent"))])
+        groups.append(summary(label, last, indices, [runs[i] for i in indices]))
     return groups
 
 
@@ -132,16 +135,18 @@ def evaluate(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(config["model"], device, getattr(torch, config["dtype"]))
 
-    def policy_of(game, **change):
-        """The Policy for one condition: the command line's, with a change."""
+    def policy_of(game, see=lambda payoffs: payoffs, **change):
+        """The Policy for one condition: the command line's, with a change; `see` is how its seat sees the payoffs."""
         names, layout, prompt, persona = (change.get(axis) for axis in AXES)
         names = names.split() if names else args.actions
-        texts = prompts(payoff_array(game), names, layout or args.layout, TEMPLATES[prompt] if prompt else args.template,
+        texts = prompts(see(payoff_array(game)), names, layout or args.layout, TEMPLATES[prompt] if prompt else args.template,
                         PERSONAS.get(persona or args.persona, ""))
-        with blame("--actions"):
-            return Policy(model, "agent", *encode(tokenizer, texts, names), args.sampling == "free")
+        with blame("--actions" if names is args.actions else "--axes"):
+            texts, answers = encode(tokenizer, texts, names)
+        return Policy(model, "agent", texts, answers, args.sampling == "free")
 
     games = {game: policy_of(game) for game in args.game}
+    second = policy_of(first, other_seat) if args.society else None  # of whom an agent meets
     axes = {axis: {value: policy_of(first, **{axis: value}) for value in values} for axis, values in AXES.items() if args.axes}
 
     def measured(table, game):
@@ -157,20 +162,20 @@ def evaluate(args):
             result["axes"] = {axis: {value: measured(table(policy), first) for value, policy in values.items()} for axis, values in axes.items()}
         if args.ask:
             result["ask"] = ask(model, tokenizer, None if reference else "agent", tables[first], args)
-        return result, tables[first]
+        return result, (tables[first], table(second) if second else None)
 
-    baseline, table = agent(reference=True)
-    runs, tables = [], [table]
+    baseline, seats = agent(reference=True)
+    runs, tables = [], [seats]
     for run, config in zip(args.runs, args.configs):
         load_adapter(model, "agent", run)
-        result, table = agent()
-        tables.append(table)
-        runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "seed", "model")}, **result})
+        result, seats = agent()
+        tables.append(seats)
+        runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "actions", "seed", "model")}, **result})
     if args.society:
         points = payoff_array(first), args.rounds, args.illegal
         others = {name: (memory_one(strategy), opening(strategy)) for name, strategy in STRATEGIES.items()}
-        others.update({name: (table, 0.5) for name, table in zip(["untuned", *map(str, args.runs)], tables)})
-        for one, table in zip([baseline, *runs], tables):
+        others.update({name: (table, 0.5) for name, (_, table) in zip(["untuned", *map(str, args.runs)], tables)})
+        for one, (table, _) in zip([baseline, *runs], tables):
             one["society"] = {name: meet(table, other, begins, *points) for name, (other, begins) in others.items()}
             one["strategy"] = legal_moves(table)[:, C].tolist()
     told = ("opponent", "actions", "layout", "prompt", "persona", "rounds", "samples", "sampling", "xi", "illegal")
@@ -196,7 +201,7 @@ def ask(model, tokenizer, name, table, args):
             ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"].to(model.device)
             with adapter(model, name):
                 out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), do_sample=False, max_new_tokens=60,
-                                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+                                     pad_token_id=tokenizer.eos_token_id)
             told[question] = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
             turns.append({"role": "assistant", "content": told[question]})
         asked.append({"state": state, "prompt": texts[i * ORDERS], "answer": answer, **told})
@@ -220,12 +225,15 @@ def row(label, width, games):
 
 def report(results):
     """Readable tables: a block per game and a line per group; then what was asked for besides."""
+    agents = results["groups"]
     how = f"{results['samples']} episodes sampled" if results["samples"] else "exact"
     print(f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, "
-          f"{results['sampling']} sampling, xi {results['xi']:g}; {how}.  ±: 95 % over seeds.")
-    agents = results["groups"]
+          f"{results['sampling']} sampling, xi {results['xi']:g}; {how}." + ("  ±: 95 % over seeds." if any(one["n"] > 1 for one in agents) else ""))
+    trained = sorted({" ".join(run["actions"]) for run in results["runs"]})
+    if trained != [" ".join(results["actions"])]:
+        print(f"These are not the names of training, which were {' and '.join(trained)} (--actions).")
     names = [one["label"] + (f" (n={one['n']})" if one["n"] > 1 else "") for one in agents]
-    width = max(map(len, names))
+    width = max(map(len, [*names, *results["baseline"]["games"]]))
     head = "".join(f"{title:>14}" for title in [*(f"P(C|{s})" for s in STATES), "illegal", "points", "deont. regret", "util. regret"])
     for game in results["baseline"]["games"]:
         print(f"\n{game:{width}}{head}")
@@ -242,7 +250,7 @@ def report(results):
     for name, one in labelled:
         if "society" in one:
             numbers = ", ".join(f"{p:.4f}" for p in one["strategy"])
-            title = f"points per round in {next(iter(one['games']))} against"
+            title = f"exact points per round in {next(iter(one['games']))} against"
             print(f"\n{name} as a memory-one strategy: ({numbers})\n  {title:{width}}{results['rounds']:>3} rounds  long run")
             for other, points in one["society"].items():
                 print(f"  {other:{width}}{points['rounds']:10.3f}{points['long_run']:10.3f}"
@@ -290,6 +298,7 @@ def draw(results, args):
             if line["phase"] != following["phase"]:  # the reward was switched here
                 ax.axvline(int(line["episodes"]), color="black", linestyle="--", linewidth=1.5)
         ax.set(title=names[i + 1], xlabel="training episodes", ylabel="share of actions", ylim=(0, 1), xmargin=0)
+        ax.locator_params(axis="x", nbins=5)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", title="own action |\ntheir last", frameon=False)
     finish(figure, "training.png")
@@ -329,7 +338,7 @@ def draw(results, args):
             for (i, j), value in np.ndenumerate(values):
                 ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > values.max() / 2 else "black", fontsize=10)
             ax.set_xticks(range(len(agents)), names, rotation=40, ha="right")
-            ax.set_title(f"{norm} regret")
+            ax.set_title(f"{norm} regret (yellow: little)")
         axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
         finish(figure, "axes.png")
 

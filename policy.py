@@ -49,13 +49,15 @@ def load_model(path, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager" if soft_capped else "sdpa", use_safetensors=True)
     except Exception as error:  # transformers, tokenizers, safetensors and the hub each raise kinds of their own
+        if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
+            raise ValueError(f"cannot load a model from {path}: there is no such folder") from None
         found = "" if Path(path).exists() else "there is no such folder, and as a name on the hub: "
         raise ValueError(f"cannot load a model from {path}: {found}{' '.join(str(error).split())[:300]}") from error
     return model.to(device).eval(), tokenizer
 
 
 def checkpoint_layers(model):
-    """Gradient checkpointing: each layer keeps only its input and runs again in the backward pass. Less memory, a third more work."""
+    """Gradient checkpointing: each layer keeps only its input and runs again in the backward pass. Less memory, half as much work again."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -6,7 +6,8 @@
     adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json     when it is finished
     opponent/, merged/  a learning opponent's adapter; the standalone model of --merge
 
-Everything is written beside and renamed, so a kill at any moment leaves whole files. Nothing is ever unpickled.
+The state and the JSON files are written beside and renamed, metrics.csv is cut to the state: a run without result.json can be resumed
+whatever the moment at which it was killed. Nothing is ever unpickled.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def read_config(run):
     """The settings of a run folder. Raises ValueError where it is none."""
     try:
         config = json.loads((run / "config.json").read_text())
-        for key in ("model", "dtype", "reward", "then", "opponent", "game", "seed", "sampling", "versions"):
+        for key in ("model", "dtype", "reward", "then", "switch", "opponent", "game", "actions", "seed", "sampling",
+                    "rank", "alpha", "versions"):
             config[key]
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -193,7 +195,8 @@ def stop_signals(args):
 def processes(args):
     """Choose the device; join the other processes where torchrun has started several.
 
-    All of them do the same, each with its share of the prompts: they play the same games from the same generator. The first one writes.
+    All of them do the same, each with its share of the prompts: they play the same games from the same generator. What the
+    others write goes to a temporary folder.
     """
     import torch
     from torch import distributed
@@ -204,10 +207,9 @@ def processes(args):
         yield
         return
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one, and is what config.json tells
     distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(seconds=45))
-    with blame("torchrun", RuntimeError, mend="a process has ended; to continue: torchrun with the same options and --resume"), \
+    with blame("torchrun", RuntimeError, mend="a process has ended; to continue: the same torchrun, with --resume RUN as the only option of train.py"), \
             tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, \
             redirect_stdout(nowhere if distributed.get_rank() else sys.stdout):
         if distributed.get_rank():

@@ -84,7 +84,7 @@ def parse_args(argv=None):
     option("--device", "cpu, cuda, mps ... (default: cuda where there is one)")
     option("--dtype", "of the frozen base (default: bfloat16 on cuda, else float32)", choices=("float32", "bfloat16", "float16"))
     option("--nodes", "at most so many tokens in one pass; more prompts take several passes (default: one pass)", type=count)
-    option("--checkpointing", "recompute each layer in the backward pass: less memory, a third more work", action="store_true")
+    option("--checkpointing", "recompute each layer in the backward pass: less memory, half as much work again", action="store_true")
     option("--init", "start from the adapter and value head of this run folder", type=Path)
     option("--save-every", "updates between saved states", type=count, default=10)
     option("--resume", "continue the interrupted run in this folder; its settings are all taken from there", type=Path)
@@ -172,7 +172,9 @@ def setup(args):
 
     if args.init:
         with blame("--init", ValueError, OSError):
-            base_of(args.init, args.model)
+            config = base_of(args.init, args.model)
+            if (config["rank"], config["alpha"]) != (args.rank, args.alpha):
+                raise ValueError(f"its adapter has --rank {config['rank']} --alpha {config['alpha']}: give these")
             load_adapter(model, "player", args.init)
     learners, fixed = [learner("player", payoffs)], []
     if args.init:
@@ -266,8 +268,14 @@ def save(args, learners, tokenizer, settings, result):
         save_adapter(learner.policy.model, learner.policy.name, folder)
         learner.policy.save_value_head(folder)
         if folder != args.out:  # a folder that evaluate.py reads like any other
-            write_json(folder / "config.json", {**settings, "reward": args.opponent_reward or args.reward})
-    if args.merge:
+            write_json(folder / "config.json", {**settings, "seat": "opponent", **({"reward": args.opponent_reward, "then": [], "switch": []}
+                                                                                   if args.opponent_reward else {})})
+            with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
+                names = metrics_columns([learner])
+                writer = csv.DictWriter(own, names, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in names} for row in csv.DictReader(both))
+    if args.merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
         merge_adapter(learners[0].policy.model, learners[0].policy.name)
         learners[0].policy.model.save_pretrained(args.out / "merged")
         tokenizer.save_pretrained(args.out / "merged")

@@ -94,7 +94,7 @@ def test_bad_names(names):
 
 def test_describe():
     for numbers, word in [((0.98, 0.03, 0.99, 0.01), "tit for tat"), ((0.02, 0.01, 0, 0.05), "always defect"),
-                          ((1, 0.6, 0.95, 0.5), "never betrays a cooperator"), ((0.7, 0.6, 0.5, 0.3), "a mixed policy")]:
+                          ((1, 0.6, 0.95, 0.5), "never betrays a cooperator"), ((0.7, 0.6, 0.5, 0.3), "no classic strategy")]:
         assert describe(memory_one(numbers)) == word
         some_illegal = np.concatenate([0.7 * memory_one(numbers), np.full((4, 1, 1), 0.3)], axis=2)
         assert describe(some_illegal) == word  # of the legal answers

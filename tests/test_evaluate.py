@@ -182,7 +182,7 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
     assert [(one["n"], one["runs"]) for one in results["groups"]] == [(1, []), (2, [0, 1]), (1, [2])]
-    assert all(word in printed for word in ("lr=0.5", "(n=2)", "long run", "What strategy did you use to decide?", "tit-for-tat"))
+    assert all(word in printed for word in ("lr 0.5", "(n=2)", "long run", "What strategy did you use to decide?", "tit-for-tat"))
     agent = results["runs"][0]
     for state in STATES:  # one kind of sampling for all agents, whatever they were trained with
         assert 0 < agent["games"]["chicken"]["policy"][state] + agent["games"]["chicken"]["illegal"][state] < 1
@@ -223,7 +223,7 @@ def test_bad_input(run, tmp_path, capsys, monkeypatch):
     (copy(run, tmp_path / "lost") / "adapter_model.safetensors").unlink()
     (copy(run, tmp_path / "json") / "config.json").write_text("{")
     cases = [
-        (["tests"], "not a run folder"), ([str(tmp_path / "json")], "not a run folder"), ([str(tmp_path / "lost")], "adapter_model"),
+        (["tests"], "not a run folder"), ([str(tmp_path / "json")], "not a run folder"), ([str(tmp_path / "lost")], "is not finished"),
         ([str(tmp_path / "truncated")], "cannot read the adapter"), ([str(wrong)], "another model"),
         ([str(copy(run, tmp_path / "gone", model="no/such"))], "no/such"), ([str(run), str(tmp_path / "gone")], "differ in their model"),
         ([str(run), str(copy(run, tmp_path / "free", sampling="free"))], "--sampling"),

@@ -124,8 +124,14 @@ def test_two_learners_with_rewards_of_their_own(tmp_path):
     assert float(rows[-1]["opponent reward"]) > 1 and float(rows[-1]["reward"]) > -0.1
     assert all(sum(int(row[f"{seat}{kind}"]) for kind in train.ACTION_TYPES) == 256 * 5 for row in rows for seat in ("", "opponent "))
     assert (out / "adapter_model.safetensors").read_bytes() != (out / "opponent" / "adapter_model.safetensors").read_bytes()
-    evaluate.main([str(out), str(out / "opponent"), "--game", "ipd", "--actions", "action1", "action2", "--json", str(tmp_path / "out.json")])
-    seen = json.loads((tmp_path / "out.json").read_text())["runs"]
+    theirs = list(csv.DictReader(open(out / "opponent" / "metrics.csv")))
+    assert list(theirs[0]) == ["episodes", "phase", *(name.removeprefix("opponent ") for name in rows[0] if name.startswith("opponent "))]
+    assert [row["reward"] for row in theirs] == [row["opponent reward"] for row in rows]
+    evaluate.main([str(out), str(out / "opponent"), "--game", "ipd", "--actions", "action1", "action2", "--json", str(tmp_path / "out.json"),
+                   "--plot", str(tmp_path / "figures")])
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [one["n"] for one in results["groups"]] == [1, 1, 1]  # the two seats are not two seeds
+    seen = results["runs"]
     for agent, key in zip(seen, ("policy_after", "opponent_policy_after")):
         assert list(agent["games"]["ipd"]["policy"].values()) == pytest.approx(list(result[key].values()), abs=1e-4)
 
