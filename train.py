@@ -268,8 +268,8 @@ def save(args, learners, tokenizer, settings, result):
         save_adapter(learner.policy.model, learner.policy.name, folder)
         learner.policy.save_value_head(folder)
         if folder != args.out:  # a folder that evaluate.py reads like any other
-            write_json(folder / "config.json", {**settings, "seat": "opponent", **({"reward": args.opponent_reward, "then": [], "switch": []}
-                                                                                   if args.opponent_reward else {})})
+            own_reward = {"reward": args.opponent_reward, "then": [], "switch": []} if args.opponent_reward else {}
+            write_json(folder / "config.json", {**settings, "seat": "opponent", **own_reward})
             with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
                 names = metrics_columns([learner])
                 writer = csv.DictWriter(own, names, lineterminator="\n")

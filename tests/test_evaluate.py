@@ -13,8 +13,8 @@ import evaluate
 import rewards
 import train
 from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one, opening,
-                  payoff_array, play, prompts, table_text)
-from policy import encode
+                  other_seat, payoff_array, play, prompts, table_text)
+from policy import Policy, encode
 from rewards import REWARDS, reward_table
 
 
@@ -171,6 +171,18 @@ def copy(run, folder, **change):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     return folder
+
+
+def test_agents_meet_in_seats_of_their_own(run, tiny, tmp_path):
+    """Bach or Stravinsky looks different from its two sides: the second of two agents must be asked with the second seat's prompts."""
+    evaluate.main([str(run), "--game", "bach-stravinsky", "--society", "--json", str(tmp_path / "out.json")])
+    met = json.loads((tmp_path / "out.json").read_text())["baseline"]["society"]["untuned"]
+    model, tokenizer = tiny
+    payoffs, names = payoff_array("bach-stravinsky"), ["action3", "action4"]
+    first, second = (Policy(model, None, *encode(tokenizer, prompts(seen, names), names), free=False)()[0].detach().exp().numpy().reshape(4, 4, 2)
+                     for seen in (payoffs, other_seat(payoffs)))
+    assert met["long_run"] == pytest.approx(rewards.meet(first, second, 0.5, payoffs, 5)["long_run"], abs=1e-5)
+    assert abs(met["long_run"] - rewards.meet(first, first, 0.5, payoffs, 5)["long_run"]) > 1e-4  # else the test above shows nothing
 
 
 def test_everything_at_once(run, tmp_path, capsys, monkeypatch):

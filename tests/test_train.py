@@ -152,6 +152,11 @@ def test_unlearning(tmp_path):
     assert min(result["policy_after"].values()) >= 0.95
 
 
+def test_a_beginning_of_another_rank_is_refused(runs, capsys, tmp_path):
+    refused(capsys, ["--reward", "game", "--init", str(runs / "a"), "--rank", "3", "--out", str(tmp_path / "run")], "--init", "--rank 8 --alpha 16")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_trained_run_as_opponent_and_as_beginning(runs, tmp_path):
     trained = json.loads((runs / "a" / "result.json").read_text())
     result = run(tmp_path / "run", "--reward", "game", "--opponent", str(runs / "a"), "--init", str(runs / "a"), "--sampling", "free", *SHORT)
