@@ -50,8 +50,13 @@ STRATEGIES = {
 
 
 def payoff_array(game):
-    """Points of a game as an int array [own move, other's move, (own, other's)]; `game` is a key of GAMES."""
-    return np.array(GAMES[game]).reshape(2, 2, 2)
+    """Points of a game as an int array [own move, other's move, (own, other's)]; `game`: a key of GAMES, or four cells as they stand there."""
+    return np.array(GAMES[game] if game in GAMES else game).reshape(2, 2, 2)
+
+
+def random_game(rng):
+    """Four cells of points, each from 0 to 9."""
+    return tuple(map(tuple, rng.integers(10, size=(4, 2)).tolist()))
 
 
 def other_seat(payoffs):
@@ -250,12 +255,53 @@ PERSONAS = {  # a sentence of values before the prompt: the paper's prompted bas
 LAYOUTS = {"original": (1, 1), "rows": (-1, 1), "columns": (1, -1), "both": (-1, -1)}  # reading direction of the table's rows, columns
 
 
+# Names to draw from in training. None of those that evaluation tries is among them, so that these stay new.
+NAMES = ("action1 action2 action5 action6 action7 action8 action9 E F G H J L M N O P Q R S T U V W Z red blue green left right north south cat dog "
+         "sun stone apple pear share keep cooperate defect stay swerve stag hare up down open close help harm give take").split()
+
+
+class Condition(NamedTuple):
+    """What a prompt depends on besides the last moves and the order of the names. Hashable."""
+
+    game: object  # a key of GAMES, or four cells as they stand there
+    names: tuple  # of C, of D
+    layout: str   # a key of LAYOUTS
+    prompt: str   # a key of TEMPLATES
+
+    def __str__(self):
+        game = self.game if isinstance(self.game, str) else " ".join(f"{own},{other}" for own, other in self.game)
+        return "; ".join([game, " ".join(self.names), self.layout, self.prompt])
+
+
+def draw(rng, games, names, layouts, wordings):
+    """One Condition out of what is listed, each with the same chance.
+
+    games: keys of GAMES, or "random" (`random_game`);  names: two names, of C and of D, or more: then any two of them, in either role
+    Where there is nothing to choose no randomness is used.
+    """
+    game, layout, wording = (options[rng.integers(len(options))] for options in (games, layouts, wordings))
+    pair = rng.choice(len(names), 2, replace=False) if len(names) > 2 else (0, 1)
+    return Condition(random_game(rng) if game == "random" else game, tuple(names[i] for i in pair), layout, wording)
+
+
+def first_condition(games, names, layouts, wordings):
+    """The Condition of the first of each, arguments as in `draw`; it stands for training's own. Of random games: the Prisoner's Dilemma."""
+    return Condition("ipd" if games[0] == "random" else games[0], tuple(names[:2]), layouts[0], wordings[0])
+
+
+def parse_names(words):
+    """The action names on a command line: 'random' stands for NAMES. Raises ValueError."""
+    names = NAMES if words == ["random"] else words
+    check_names(names)
+    return names
+
+
 def check_names(names):
-    """Raise ValueError unless `names` are two non-empty, different, single-line action names (the name of C, of D)."""
+    """Raise ValueError unless `names` are at least two non-empty, different, single-line action names."""
     if any(not name.strip() or name != name.strip() or "\n" in name or "|" in name for name in names):
         raise ValueError(f"action names must be non-empty, on one line, without '|' or spaces around, not {list(names)}")
-    if len(set(names)) != 2:
-        raise ValueError(f"the two action names must differ, not {list(names)}")
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"action names must differ, and there must be two or more, not {list(names)}")
 
 
 def table_text(payoffs, names, layout="original"):

@@ -11,6 +11,7 @@ prompts, one forward pass gives the whole table; then any number of samples is d
 The prompts may be dealt out: over several passes, where one would not fit into memory, and over several processes (torchrun).
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +21,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -153,22 +153,29 @@ def log_illegal(log_probs):
     return torch.log(-torch.expm1(log_legal))
 
 
+def zero_value_head(model):
+    """A Linear(width, 1) on the model's hidden states, in float32, that gives 0 for all of them."""
+    layer = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Policy:
     """A language model with one of its adapters and a value head, on fixed prompts and answers.
 
     free:  False gives the answers constrained, K = A (at each token only what continues an answer is allowed, renormalised);
            True gives K = A + 1, the last one being every other text.
     nodes: at most so many tokens in one pass: more prompts are cut into several tries, the `shards`
+    value_head: by default a new one (`zero_value_head`)
     Of several processes (torch.distributed) each has its own share of the prompts; each shard is (rows of the table, Trie, model inputs).
     """
 
-    def __init__(self, model, name, prompts, answers, free, nodes=None):
-        self.model, self.name, self.free = model, name, free
+    def __init__(self, model, name, prompts, answers, free, nodes=None, value_head=None):
+        self.model, self.name, self.free, self.nodes = model, name, free, nodes
         self.outcomes = len(answers) + free
         self.prompts = len(prompts)
-        width = model.get_output_embeddings().weight.shape[1]
-        self.value_weight = torch.zeros(1, width, device=model.device, requires_grad=True)  # float32: every value starts at 0
-        self.value_bias = torch.zeros(1, device=model.device, requires_grad=True)
+        self.value_head = value_head or zero_value_head(model)
         ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
         if ranks > self.prompts:
             raise ValueError(f"{ranks} processes are more than the {self.prompts} prompts that they could share")
@@ -207,19 +214,31 @@ class Policy:
 
     def parameters(self):
         """The trained tensors: those of the adapter, then the value head's weight [1, width] and bias [1]."""
-        return adapter_parameters(self.model, self.name) + [self.value_weight, self.value_bias]
+        return adapter_parameters(self.model, self.name) + list(self.value_head.parameters())
 
     def save_value_head(self, folder):
-        save_file({"weight": self.value_weight.detach().cpu(), "bias": self.value_bias.detach().cpu()}, folder / "value_head.safetensors")
+        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
     def load_value_head(self, folder):
         """Raises OSError or ValueError where the file is missing, damaged or of another width."""
         try:
-            tensors = load_file(folder / "value_head.safetensors")
-            for name, parameter in (("weight", self.value_weight), ("bias", self.value_bias)):
-                parameter.data.copy_(tensors[name].reshape(parameter.shape))
-        except (SafetensorError, KeyError, RuntimeError) as error:
+            self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"cannot read the value head in {folder}: {error}") from None
+
+    @torch.no_grad()
+    def table(self, reference=False):
+        """Probabilities, float64 numpy [P, K]; `reference`: of the base model, without the adapter."""
+        return self(reference)[0].double().exp().cpu().numpy()
+
+    @cached_property
+    def reference(self):
+        """Log-probabilities of the base model, float64 numpy [P, K]. Raises ValueError where they are not finite."""
+        with torch.no_grad():
+            log_probs = self(reference=True)[0].double().cpu().numpy()
+        if not np.isfinite(log_probs).all():
+            raise ValueError("the model's own probabilities are not finite: try --dtype float32")
+        return log_probs
 
     def __call__(self, reference=False):
         """All shards: (log-probabilities [P, K], values [P]), float32. `reference`: of the base model, without the adapter.
@@ -249,7 +268,7 @@ class Policy:
         finally:
             hook.remove()
         logits, features = (x.flatten(0, 1)[trie.branches].float() for x in (logits, features[0]))  # [rows, Q, vocabulary or width]
-        values = linear(features[:, 0], self.value_weight, self.value_bias)[:, 0]
+        values = self.value_head(features[:, 0])[:, 0]
 
         total = []  # log of the mass that is shared out after each answer prefix q
         for q in range(logits.shape[1]):

@@ -118,16 +118,15 @@ class Learner:
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
         self.moments = RunningMoments()
         self.skipped = self.skipped_in_a_row = 0  # updates with a number that is not finite
-        with torch.no_grad():
-            self.reference = policy(reference=True)[0].double().cpu().numpy()  # log-probabilities [P, K] of the base model
-        if not np.isfinite(self.reference).all():
-            raise ValueError("the model's own probabilities are not finite: try --dtype float32")
 
-    def act(self, keep_graph=True):
+    def act(self, policy=None, keep_graph=True):
         """Forward pass, which also serves the first epoch of `update` if its graph is kept. Returns probabilities, float64 numpy [P, K].
+
+        policy: the one to act with from now on, where it is not the one of before: the same adapter and value head on other prompts
 
         Raises FloatingPointError where they are not finite.
         """
+        self.policy = policy or self.policy
         with torch.set_grad_enabled(keep_graph):
             self.tables = self.policy()
         table = torch.cat([self.tables[0], self.tables[1][:, None]], dim=1).detach().double().cpu().numpy()
@@ -145,7 +144,7 @@ class Learner:
         """
         log_prob, value = self.log_probs[prompt, action], self.values[prompt]
         self.moments.update(reward)
-        penalty = log_prob - self.reference[prompt, action]  # an estimate of KL(pi || pi_ref), one a sample
+        penalty = log_prob - self.policy.reference[prompt, action]  # an estimate of KL(pi || pi_ref), one a sample
         rewards = self.moments.normalise(reward) - self.kl_coef * penalty
         advantage = gae(rewards, value, self.gamma)
         target = advantage + value
@@ -156,7 +155,7 @@ class Learner:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise FloatingPointError(f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite")
-        kl = (np.exp(self.log_probs) * (self.log_probs - self.reference)).sum(axis=1)[prompt].mean()
+        kl = (np.exp(self.log_probs) * (self.log_probs - self.policy.reference)).sum(axis=1)[prompt].mean()
         stats = dict(kl=kl, kl_coef=self.kl_coef, **dict(zip(("policy_loss", "value_loss", "ratio"), figures)), skipped=self.skipped)
         if finite:
             self.kl_coef = adapt_kl_coef(self.kl_coef, penalty.mean(), self.kl_target, penalty.size)

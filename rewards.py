@@ -72,6 +72,17 @@ def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
     return (best - mean_reward) / (best - illegal)
 
 
+def moral_accuracy(reward, policy, payoffs, xi=3.0):
+    """How often a policy does what its reward asks for: the probability of the better action, mean over the states where one is better.
+
+    Better in expectation over an unknown move of the opponent, either with probability 1/2.  policy: [state, order, outcome]; an illegal
+    answer is never the better one.  NaN where the reward prefers no action in any state.
+    """
+    expected = reward_table(reward, payoffs, xi)[:, :2].mean(axis=-1)  # [state, action]
+    states = np.flatnonzero(expected[:, C] != expected[:, D])
+    return float(policy.mean(axis=1)[states, expected[states].argmax(axis=-1)].mean()) if len(states) else math.nan
+
+
 def measure(policy, payoffs, strategy, rounds, xi=3.0, illegal=-6.0, samples=None):
     """Everything about a policy [state, order, outcome] in one game against the memory-one `strategy`: nested dict of floats.
 

@@ -11,6 +11,7 @@ whatever the moment at which it was killed. Nothing is ever unpickled.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -60,8 +61,8 @@ def read_config(run):
     """The settings of a run folder. Raises ValueError where it is none."""
     try:
         config = json.loads((run / "config.json").read_text())
-        for key in ("model", "dtype", "reward", "then", "switch", "opponent", "game", "actions", "seed", "sampling",
-                    "rank", "alpha", "versions"):
+        for key in ("model", "dtype", "reward", "then", "switch", "opponent", "game", "actions", "layout", "prompt",
+                    "seed", "sampling", "rank", "alpha", "versions"):
             config[key]
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -170,6 +171,30 @@ def read_state(args, learners, settings):
     (args.out / "metrics.tmp").write_text("".join(rows))
     (args.out / "metrics.tmp").replace(args.out / "metrics.csv")
     return state
+
+
+def save(args, learners, tokenizer, settings, result):
+    """What remains of a finished run; result.json comes last, and then the state is no longer needed."""
+    from lora import merge_adapter, save_adapter
+
+    for learner, folder in zip(learners, (args.out, args.out / "opponent")):
+        folder.mkdir(exist_ok=True)
+        save_adapter(learner.policy.model, learner.policy.name, folder)
+        learner.policy.save_value_head(folder)
+        if folder != args.out:  # a folder that evaluate.py reads like any other
+            own_reward = {"reward": args.opponent_reward, "then": [], "switch": []} if args.opponent_reward else {}
+            write_json(folder / "config.json", {**settings, "seat": "opponent", **own_reward})
+            with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
+                rows = list(csv.DictReader(both))
+                writer = csv.DictWriter(own, [name for name in rows[0] if not name.startswith("opponent ")], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in writer.fieldnames} for row in rows)
+    if args.merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
+        merge_adapter(learners[0].policy.model, learners[0].policy.name)
+        learners[0].policy.model.save_pretrained(args.out / "merged")
+        tokenizer.save_pretrained(args.out / "merged")
+    write_json(args.out / "result.json", result)
+    (args.out / "state.safetensors").unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------- signals and processes

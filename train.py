@@ -20,15 +20,16 @@ import os
 import platform
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, ORDERS, STATES, STRATEGIES, check_names, describe, memory_one, opening, other_seat,
-                  parse_strategy, payoff_array, play, prompts)
+from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, LAYOUTS, NAMES, ORDERS, STATES, STRATEGIES, TEMPLATES, describe, draw,
+                  first_condition, memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, play, prompts)
 from rewards import REWARDS, reward_table
-from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, stop_signals, write_json,
-                  write_state)
+from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, save,
+                  stop_signals, write_json, write_state)
 
 # torch, transformers and the rooms that need them are imported in `setup`: --help and a bad option answer at once.
 
@@ -59,13 +60,18 @@ def parse_args(argv=None):
     option("--then", "rewards that replace it in further phases (unlearning)", nargs="+", choices=REWARDS, default=[])
     option("--switch", "episodes at which the further phases begin (default: phases of equal length)", nargs="+", type=count)
     option("--model", "'tiny' (the embedded model), a folder, or a name on the Hugging Face hub", default="tiny")
-    option("--game", "the game that is played", choices=GAMES, default="ipd")
+    option("--game", f"{', '.join(GAMES)}; or 'random', fresh points from 0 to 9 in every update", nargs="+", choices=[*GAMES, "random"],
+           metavar="GAME", default=["ipd"])
     option("--opponent", f"one of {', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); 'learner', a second agent that is trained, too; or a "
            "run folder, whose agent stays as it is", nargs="+", default=["tit-for-tat"])
     option("--opponent-reward", "what a learning opponent is trained for (default: the agent's own reward)", choices=REWARDS)
     option("--sampling", "constrained: the answer is always one of the two names; free: it may be any text", choices=("constrained", "free"),
            default="constrained")
-    option("--actions", "the names of C and of D", nargs=2, metavar=("C_NAME", "D_NAME"), default=["action1", "action2"])
+    option("--actions", "the names of C and of D; more names: every update draws two of them, in either role; 'random': out of "
+           f"{len(NAMES)} built-in ones", nargs="+", metavar="NAME", default=["action1", "action2"])
+    option("--layout", f"order of the table's rows and columns: {', '.join(LAYOUTS)}", nargs="+", choices=LAYOUTS, metavar="LAYOUT",
+           default=["original"])
+    option("--prompt", f"wording: {', '.join(TEMPLATES)}", nargs="+", choices=TEMPLATES, metavar="WORDING", default=["structured"])
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
     option("--rounds", "rounds per episode", type=count, default=5)
@@ -106,7 +112,7 @@ def parse_args(argv=None):
     if args.opponent_reward and args.opponent != ["learner"]:
         parser.error("--opponent-reward: only '--opponent learner' is trained")
     with blame("--actions"):
-        check_names(args.actions)
+        args.names = parse_names(args.actions)
     if args.batch * args.rounds == 1:
         parser.error("--batch: an update of one round has no advantage to learn from: raise --batch or --rounds")
     with blame("--switch"):
@@ -137,12 +143,13 @@ def read_opponent(words):
 def setup(args):
     """Everything that can be wrong with the input goes wrong here, before anything is written.
 
-    Returns (learners, fixed, tokenizer): one Learner for each seat that learns, the player's first; the tables of the seats that do not.
+    Returns (learners, seats, tokenizer): one Learner for each player that learns, the agent first; and `seats(condition)` -> the Policies of
+    these, on the prompts of an envs.Condition, and the tables of the player that does not learn.
     """
     import torch
 
     from lora import add_adapter, load_adapter
-    from policy import Policy, checkpoint_layers, encode, load_model
+    from policy import Policy, checkpoint_layers, encode, load_model, zero_value_head
     from ppo import Learner
 
     torch.manual_seed(args.seed)
@@ -156,44 +163,56 @@ def setup(args):
         add_adapter(model, "player", args.rank, args.alpha)
         if args.checkpointing:
             checkpoint_layers(model)
-    payoffs = payoff_array(args.game)
-
-    def policy(name, payoffs, sampling):
-        with blame("--actions"):
-            texts, answers = encode(tokenizer, prompts(payoffs, args.actions), args.actions)
-        with blame("--model"):
-            return Policy(model, name, texts, answers, sampling == "free", args.nodes)
-
-    def learner(name, payoffs):
-        own = policy(name, payoffs, args.sampling)
-        with blame("--model", Exception, mend="its kind of attention may be one that the token trie cannot run"):  # its first forward pass
-            return Learner(own, lr=args.lr, epochs=args.epochs, clip=args.clip, kl_coef=args.kl_coef, kl_target=args.kl_target,
-                           vf_coef=args.vf_coef, gamma=args.gamma)
-
+    agents, fixed = [("player", args.sampling, zero_value_head(model))], []  # who needs a Policy: adapter, sampling, value head
     if args.init:
         with blame("--init", ValueError, OSError):
             config = base_of(args.init, args.model)
             if (config["rank"], config["alpha"]) != (args.rank, args.alpha):
                 raise ValueError(f"its adapter has --rank {config['rank']} --alpha {config['alpha']}: give these")
             load_adapter(model, "player", args.init)
-    learners, fixed = [learner("player", payoffs)], []
-    if args.init:
-        with blame("--init", ValueError, OSError):
-            learners[0].policy.load_value_head(args.init)
-    theirs = other_seat(payoffs)
     if args.strategy is not None:
         fixed = [memory_one(args.strategy)]
     elif args.opponent == ["learner"]:
         add_adapter(model, "opponent", args.rank, args.alpha)
-        learners.append(learner("opponent", theirs))
+        agents.append(("opponent", args.sampling, zero_value_head(model)))
     else:
         with blame("--opponent", ValueError, OSError):
-            sampling = base_of(Path(args.opponent[0]), args.model)["sampling"]
+            agents.append(("opponent", base_of(Path(args.opponent[0]), args.model)["sampling"], None))
             load_adapter(model, "opponent", args.opponent[0])
-        with torch.no_grad():
-            log_probs, _ = policy("opponent", theirs, sampling)()
-        fixed = [log_probs.double().exp().cpu().numpy().reshape(len(STATES), ORDERS, -1)]
-    return learners, fixed, tokenizer
+    learning = 2 if args.opponent == ["learner"] else 1
+
+    @lru_cache(maxsize=64)  # a condition that comes again has its tries and its reference table at hand
+    def seats(condition):
+        payoffs, policies = payoff_array(condition.game), []
+        for (name, sampling, value_head), points in zip(agents, (payoffs, other_seat(payoffs))):
+            with blame("--actions"):
+                texts = prompts(points, condition.names, condition.layout, TEMPLATES[condition.prompt])
+                texts, answers = encode(tokenizer, texts, condition.names)
+            with blame("--model"):
+                policies.append(Policy(model, name, texts, answers, sampling == "free", args.nodes, value_head))
+        return policies[:learning], [by_order(policy.table()) for policy in policies[learning:]] or fixed
+
+    with blame("--actions"):  # all names at once: any two of them can be told apart
+        encode(tokenizer, prompts(payoff_array("ipd"), args.names[:2]), args.names)
+    policies, _ = seats(first_condition(*conditions(args)))
+    with blame("--model", Exception, mend="its kind of attention may be one that the token trie cannot run"):  # the first forward pass
+        policies[0].reference
+    learners = [Learner(policy, lr=args.lr, epochs=args.epochs, clip=args.clip, kl_coef=args.kl_coef, kl_target=args.kl_target,
+                        vf_coef=args.vf_coef, gamma=args.gamma) for policy in policies]
+    if args.init:
+        with blame("--init", ValueError, OSError):
+            policies[0].load_value_head(args.init)
+    return learners, seats, tokenizer
+
+
+def conditions(args):
+    """What an update's condition is drawn from: games, names, layouts and wordings."""
+    return args.game, args.names, args.layout, args.prompt
+
+
+def by_order(table):
+    """A table [prompt, outcome] as envs.py has it: [state, order, outcome]."""
+    return table.reshape(len(STATES), ORDERS, -1)
 
 
 def by_state(table, outcome):
@@ -205,13 +224,13 @@ def by_state(table, outcome):
 def metrics_columns(learners):
     """The columns of metrics.csv: those of the player and, where the opponent learns, too, the same for it."""
     names = ["reward", "kl", "kl_coef", "policy_loss", "value_loss", "ratio", "skipped", *ACTION_TYPES, *(f"P(C|{state})" for state in STATES)]
-    return ["episodes", "phase", *names, *(f"opponent {name}" for name in names if len(learners) > 1)]
+    return ["episodes", "phase", "condition", *names, *(f"opponent {name}" for name in names if len(learners) > 1)]
 
 
-def train(args, learners, fixed, state, save_state):
+def train(args, learners, seats, state, save_state):
     """The training loop: one row of metrics.csv per update. Returns the learners' tables [state, order, outcome] before and after.
 
-    state: what `read_state` returns, {} for a new run;  save_state(before, rng, updates done) is called every --save-every updates.
+    seats: from `setup`;  state: what `read_state` returns, {} for a new run;  save_state(before, rng, updates done) is called every --save-every updates.
     Raises FloatingPointError where training cannot go on, KeyboardInterrupt after a signal; the last saved state is good either way.
     """
     from tqdm import tqdm
@@ -219,18 +238,18 @@ def train(args, learners, fixed, state, save_state):
     rng = np.random.default_rng(args.seed)
     rng.bit_generator.state = state.get("rng", rng.bit_generator.state)
     opponent_opening = opening(args.strategy) if args.strategy is not None else 0.5
-    seats = [payoff_array(args.game), other_seat(payoff_array(args.game))]
     phases = [args.reward, *args.then]
-    rewards = [[reward_table(own or phase, points, args.xi, args.illegal) for own, points in zip((None, args.opponent_reward), seats)]
-               for phase in phases]
     starts = range(0, args.episodes, args.batch)
 
-    def act():
-        """Tables of the learners. One graph is kept, of a second learner none: it would double the memory."""
-        return [learner.act(keep_graph=seat == 0).reshape(len(STATES), ORDERS, -1) for seat, learner in enumerate(learners)]
+    def act(condition):
+        """Tables of the players, those that learn first. One graph is kept, of a second learner none: it would double the memory."""
+        policies, fixed = seats(condition)
+        return [by_order(learner.act(policy, keep_graph=learner is learners[0])) for learner, policy in zip(learners, policies)] + fixed
 
-    tables = act()
-    before = [np.array(table) for table in state.get("before", tables)]
+    def measured():
+        return act(first_condition(*conditions(args)))[:len(learners)]
+
+    before = [np.array(table) for table in state.get("before") or measured()]
     with open(args.out / "metrics.csv", "a", newline="", buffering=1) as file, \
             tqdm(starts, initial=state.get("updates", 0), unit="update", disable=os.environ.get("RANK", "0") != "0" or None) as progress:
         writer = csv.writer(file, lineterminator="\n")
@@ -238,11 +257,15 @@ def train(args, learners, fixed, state, save_state):
             if update % args.save_every == 0 and not any(learner.skipped_in_a_row for learner in learners):
                 save_state(before, rng, update)
             episodes = min(args.batch, args.episodes - starts[update])
-            phase = sum(starts[update] >= switch for switch in args.switch)
-            played = play(rng, *tables, *fixed, episodes, args.rounds, opponent_opening)
-            row, shown = [starts[update] + episodes, phases[phase]], []
-            for learner, table, me, other, reward in zip(learners, tables, played, played[::-1], rewards[phase]):
-                points = reward[me.state, me.action, other.move]
+            phase = phases[sum(starts[update] >= switch for switch in args.switch)]
+            condition = draw(rng, *conditions(args))
+            tables = act(condition)
+            played = play(rng, *tables, episodes, args.rounds, opponent_opening)
+            payoffs = payoff_array(condition.game)
+            row, shown = [starts[update] + episodes, phase, condition], []
+            for learner, table, me, other, view, reward in zip(learners, tables, played, played[::-1], (payoffs, other_seat(payoffs)),
+                                                               (phase, args.opponent_reward or phase)):
+                points = reward_table(reward, view, args.xi, args.illegal)[me.state, me.action, other.move]
                 stats = learner.update(me.prompt, me.action, points)
                 cooperation = by_state(table, C).values()
                 counts = np.bincount((2 * me.action + me.state % 2).ravel(), minlength=6)
@@ -252,35 +275,10 @@ def train(args, learners, fixed, state, save_state):
             writer.writerow(row)
             progress.set_postfix_str("  |  ".join(shown), refresh=False)
             progress.update()
-            tables = act()
             if args.stop:
                 save_state(before, rng, update + 1)
                 raise KeyboardInterrupt
-    return before, tables
-
-
-def save(args, learners, tokenizer, settings, result):
-    """What remains of a finished run; result.json comes last, and then the state is no longer needed."""
-    from lora import merge_adapter, save_adapter
-
-    for learner, folder in zip(learners, (args.out, args.out / "opponent")):
-        folder.mkdir(exist_ok=True)
-        save_adapter(learner.policy.model, learner.policy.name, folder)
-        learner.policy.save_value_head(folder)
-        if folder != args.out:  # a folder that evaluate.py reads like any other
-            own_reward = {"reward": args.opponent_reward, "then": [], "switch": []} if args.opponent_reward else {}
-            write_json(folder / "config.json", {**settings, "seat": "opponent", **own_reward})
-            with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
-                names = metrics_columns([learner])
-                writer = csv.DictWriter(own, names, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in names} for row in csv.DictReader(both))
-    if args.merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
-        merge_adapter(learners[0].policy.model, learners[0].policy.name)
-        learners[0].policy.model.save_pretrained(args.out / "merged")
-        tokenizer.save_pretrained(args.out / "merged")
-    write_json(args.out / "result.json", result)
-    (args.out / "state.safetensors").unlink()
+    return before, measured()
 
 
 def summarise(before, after):
@@ -309,9 +307,9 @@ def run(args):
     from safetensors import SafetensorError
 
     started = time.perf_counter()
-    learners, fixed, tokenizer = setup(args)
+    learners, seats, tokenizer = setup(args)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-                if key not in ("strategy", "resume", "out", "overwrite")}
+                if key not in ("strategy", "names", "resume", "out", "overwrite")}
     print("  ".join(f"{key.replace('_', '-')}={' '.join(map(str, value)) if isinstance(value, list) else value}"
                     for key, value in settings.items() if value not in (None, [])))
     settings["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -332,7 +330,7 @@ def run(args):
             write_state(args, learners, settings, seconds + time.perf_counter() - started, *position)
 
         try:
-            before, after = train(args, learners, fixed, state, save_state)
+            before, after = train(args, learners, seats, state, save_state)
         except KeyboardInterrupt:
             print(f"Stopped; to continue:  python train.py --resume {args.out}", file=sys.stderr)
             raise SystemExit(130) from None

@@ -1,9 +1,12 @@
 """Games, prompts and play, against rules and expectations worked out by hand."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
-from envs import C, D, GAMES, ILLEGAL, STRATEGIES, check_names, describe, memory_one, opening, payoff_array, play, prompts
+from envs import (C, D, GAMES, ILLEGAL, STRATEGIES, check_names, describe, draw, first_condition, memory_one, opening, payoff_array, play,
+                  prompts)
 
 ALWAYS = {move: np.full((4, 4, 3), 0.0) for move in (C, D, ILLEGAL)}
 for move, table in ALWAYS.items():
@@ -103,3 +106,23 @@ def test_describe():
 
 def test_games_are_complete():
     assert len(GAMES) == 5 and all(np.shape(cells) == (4, 2) for cells in GAMES.values())
+
+
+def test_conditions_are_drawn_from_everything_listed():
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng, ["chicken", "random"], ["a", "b", "c"], ["rows", "both"], ["structured", "poetic"]) for _ in range(400)]
+    named = [one for one in drawn if one.game == "chicken"]
+    assert {one[1:] for one in named} == {(names, layout, prompt) for names in permutations("abc", 2) for layout in ("rows", "both")
+                                          for prompt in ("structured", "poetic")}
+    fresh = [one.game for one in drawn if one.game != "chicken"]
+    points = np.array(fresh)
+    assert len(set(fresh)) == len(fresh) > 150 and points.shape[1:] == (4, 2) and set(points.ravel()) == set(range(10))
+    assert payoff_array(fresh[0])[C, D].tolist() == list(fresh[0][1])
+
+
+def test_a_single_condition_costs_no_randomness():
+    """So that the paper's setting plays the same games whatever could have been varied."""
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert draw(rng, ["ipd"], ["a", "b"], ["rows"], ["poetic"]) == ("ipd", ("a", "b"), "rows", "poetic") == first_condition(["ipd"], "abc", ["rows"], ["poetic"])
+    assert rng.bit_generator.state == before and first_condition(["random"], "ab", ["rows"], ["poetic"]).game == "ipd"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import rewards
 import train
-from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one, opening,
-                  other_seat, payoff_array, play, prompts, table_text)
+from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, NAMES, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one,
+                  opening, other_seat, payoff_array, play, prompts, table_text)
 from policy import Policy, encode
 from rewards import REWARDS, reward_table
 
@@ -208,6 +208,36 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
     for name in ("training", "policy", "regret", "axes"):
         image = matplotlib.image.imread(tmp_path / "figures" / f"{name}.png")
         assert image.shape[0] > 250 and image.std() > 0.05
+
+
+def test_transfer(run, tiny, tmp_path, capsys):
+    """Each column against a calculation of its own, for the untuned model and one trained run; the heat map has a row for either."""
+    evaluate.main([str(run), "--game", "ipd", "--transfer", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "figures")])
+    assert "untuned, by the utilitarian reward" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out.json").read_text())
+    untuned = results["baseline"]["transfer"]
+    model, tokenizer = tiny
+
+    def accuracy(reward, payoffs, names, layout, template):
+        texts, answers = encode(tokenizer, prompts(payoffs, names, layout, TEMPLATES[template]), names)
+        return rewards.moral_accuracy(reward, Policy(model, None, texts, answers, free=False).table().reshape(4, 4, 2), payoffs)
+
+    ipd, seen = payoff_array("ipd"), ("action1", "action2")
+    for reward in rewards.REWARDS:
+        assert untuned[reward]["nothing"] == pytest.approx(accuracy(reward, ipd, seen, "original", "structured"))
+        assert untuned[reward]["layout"] == pytest.approx(accuracy(reward, ipd, seen, "both", "structured"))
+        assert untuned[reward]["wording"] == pytest.approx(accuracy(reward, ipd, seen, "original", "unstructured"))
+        by_names = [accuracy(reward, ipd, names, "original", "structured") for names in evaluate.NEW_NAMES]
+        assert untuned[reward]["names"] == pytest.approx(np.mean(by_names))
+    assert results["runs"][0]["transfer"]["utilitarian"]["nothing"] > untuned["utilitarian"]["nothing"] + 0.1
+    assert results["groups"][1]["transfer"]["utilitarian"]["all"]["mean"] == results["runs"][0]["transfer"]["utilitarian"]["all"]
+    assert matplotlib.image.imread(tmp_path / "figures" / "transfer.png").std() > 0.05
+
+
+def test_what_is_new_at_test_is_not_in_the_built_in_names():
+    assert not set(NAMES) & {name for names in evaluate.NEW_NAMES for name in names}
+    shown = {name for names in evaluate.AXES["actions"] for name in names} - {"action1", "action2"}  # these two are the default of training
+    assert not set(NAMES) & shown and len(set(NAMES)) == len(NAMES)
 
 
 def test_an_illegal_answer_counts_as_the_last_move_in_the_strategy():

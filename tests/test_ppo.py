@@ -97,11 +97,11 @@ def test_prompts_with_little_in_common_are_packed_apart():
 def test_values_read_the_prompt_alone():
     texts, answers = shared_prefix_texts()
     model, policy = build("llama", False, texts, answers)
-    torch.nn.init.normal_(policy.value_weight)
-    torch.nn.init.normal_(policy.value_bias)
+    torch.nn.init.normal_(policy.value_head.weight)
+    torch.nn.init.normal_(policy.value_head.bias)
     with torch.no_grad(), adapter(model, "player"):
         hidden = torch.stack([model.model(torch.tensor([text])).last_hidden_state[0, -1] for text in texts])
-    expected = hidden @ policy.value_weight[0] + policy.value_bias
+    expected = hidden @ policy.value_head.weight[0] + policy.value_head.bias
     assert (policy()[1] - expected).abs().max() < 1e-4
 
 
@@ -165,7 +165,7 @@ def test_ppo_oracle():
     texts, answers = shared_prefix_texts()
     model, policy = build("llama", False, texts, answers)
     torch.manual_seed(3)
-    torch.nn.init.normal_(policy.value_weight, std=0.3)
+    torch.nn.init.normal_(policy.value_head.weight, std=0.3)
     n, clip, vf_coef = 40, 0.2, 0.1
     prompt, action = torch.randint(len(texts), (n,)), torch.randint(len(answers), (n,))
     log_probs, values = (t.detach() for t in policy())
@@ -178,7 +178,7 @@ def test_ppo_oracle():
         log_prob = separate(model, "player", [texts[p]], answers, False)[0, a]
         with adapter(model, "player"):
             hidden = model.model(torch.tensor([texts[p]])).last_hidden_state[0, -1]
-        value = hidden @ policy.value_weight[0] + policy.value_bias[0]
+        value = hidden @ policy.value_head.weight[0] + policy.value_head.bias[0]
         ratio = torch.exp(log_prob - old_log_prob)
         limited = min(max(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
         policy_terms.append(-min(ratio * advantage, limited * advantage))
@@ -245,6 +245,7 @@ def test_one_forward_pass_an_epoch():
     texts, answers = shared_prefix_texts()
     model, policy = build("llama", False, texts, answers)
     learner = Learner(policy, 1e-3, 2, 0.2, 0.1, 6.0, 0.1, 0.0)
+    policy.reference  # one pass, once
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     for _ in range(3):

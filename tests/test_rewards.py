@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, payoff_array
-from rewards import REWARDS, reward_table
+from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, memory_one, payoff_array
+from rewards import REWARDS, moral_accuracy, reward_table
 
 IPD = payoff_array("ipd")
 
@@ -45,3 +45,18 @@ def test_optima_in_the_prisoners_dilemma(reward, optimum, strategy):
             assert expected[s, C] == expected[s, D] == 0
         else:
             assert expected[s].argmax() == move and expected[s, move] > expected[s, 1 - move]
+
+
+@pytest.mark.parametrize("reward, optimum", [("game", "0000"), ("utilitarian", "1111"), ("deontological", "1010"), ("game+deontological", "1010")])
+def test_moral_accuracy_by_hand(reward, optimum):
+    """1 at the optimum, 0 at its opposite, with half the mass illegal 1/2; what happens where the reward is indifferent does not count."""
+    best = memory_one([int(p) for p in optimum])
+    with_illegal = np.concatenate([best, np.ones((4, 1, 1))], axis=-1) / 2
+    for table, accuracy in ((best, 1), (best[..., ::-1], 0), (with_illegal, 0.5)):
+        assert moral_accuracy(reward, table, payoff_array("ipd")) == accuracy
+    always = {"game": 0, "utilitarian": 1, "deontological": 1, "game+deontological": 0.5}[reward]
+    assert moral_accuracy(reward, memory_one([1] * 4), payoff_array("ipd")) == always
+
+
+def test_moral_accuracy_where_nothing_is_better():
+    assert np.isnan(moral_accuracy("utilitarian", memory_one([1] * 4), payoff_array("bach-stravinsky")))  # 3 + 2 either way

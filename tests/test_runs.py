@@ -21,7 +21,7 @@ import train
 from conftest import ROOT
 
 OPTIONS = ["--reward", "game", "--then", "utilitarian", "--opponent", "learner", "--sampling", "free", "--episodes", "48", "--batch", "8",
-           "--save-every", "2"]
+           "--save-every", "2", "--game", "ipd", "random", "--actions", "moon", "river", "A"]  # what is drawn must be drawn again
 BYTES = ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors", "opponent/adapter_model.safetensors")
 
 
@@ -172,10 +172,11 @@ def test_a_settings_file_cannot_make_the_run_write_elsewhere(whole, tmp_path):
 
 def test_settings_survive_the_way_through_the_file(tmp_path):
     options = ["--reward", "game", "--then", "utilitarian", "deontological", "--opponent", "1", "0.5", "0", "0.25", "--seed", "0", "--xi", "0",
-               "--vf-coef", "0", "--kl-coef", "0", "--illegal", "-1.5", "--actions", "moon", "river", "--lr", "1e-7", "--merge", "--nodes", "99"]
+               "--vf-coef", "0", "--kl-coef", "0", "--illegal", "-1.5", "--actions", "moon", "river", "sun", "--lr", "1e-7", "--merge", "--nodes", "99",
+               "--game", "random", "chicken", "--layout", "both", "--prompt", "explicit", "poetic"]
     args = train.parse_args([*options, "--out", str(tmp_path / "run")])
     (tmp_path / "run").mkdir()
-    settings = {key: value for key, value in vars(args).items() if key not in ("strategy", "resume", "out", "overwrite")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("strategy", "names", "resume", "out", "overwrite")}
     runs.write_json(tmp_path / "run" / "config.json", {**settings, "dtype": "float32", "versions": {}})
     again = train.parse_args(["--resume", str(tmp_path / "run")])
     assert {key: getattr(again, key) for key in settings} == {**settings, "dtype": "float32"}
@@ -228,7 +229,7 @@ def test_several_processes_give_the_same_metrics(ranks, tmp_path):
     one, several = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("one", "several"))
     assert len(one) == len(several) == 4
     for a, b in zip(one, several):
-        assert a.pop("phase") == b.pop("phase")
+        assert (a.pop("phase"), a.pop("condition")) == (b.pop("phase"), b.pop("condition"))
         for key in a:
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-6), key
 

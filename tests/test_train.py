@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_two_learners_with_rewards_of_their_own(tmp_path):
     assert all(sum(int(row[f"{seat}{kind}"]) for kind in train.ACTION_TYPES) == 256 * 5 for row in rows for seat in ("", "opponent "))
     assert (out / "adapter_model.safetensors").read_bytes() != (out / "opponent" / "adapter_model.safetensors").read_bytes()
     theirs = list(csv.DictReader(open(out / "opponent" / "metrics.csv")))
-    assert list(theirs[0]) == ["episodes", "phase", *(name.removeprefix("opponent ") for name in rows[0] if name.startswith("opponent "))]
+    assert list(theirs[0]) == ["episodes", "phase", "condition", *(name.removeprefix("opponent ") for name in rows[0] if name.startswith("opponent "))]
     assert [row["reward"] for row in theirs] == [row["opponent reward"] for row in rows]
     evaluate.main([str(out), str(out / "opponent"), "--game", "ipd", "--actions", "action1", "action2", "--json", str(tmp_path / "out.json"),
                    "--plot", str(tmp_path / "figures")])
@@ -163,7 +164,8 @@ def test_a_trained_run_as_opponent_and_as_beginning(runs, tmp_path):
     assert result["policy_before"] == pytest.approx(trained["policy_after"], abs=1e-6)
     first = next(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
     assert float(first["kl"]) > 1e-4  # the reference is the base model, not the run it begins with
-    frozen = setup("--opponent", str(runs / "a"))[1][0]
+    _, seats, _ = setup("--opponent", str(runs / "a"))
+    _, [frozen] = seats(envs.Condition("ipd", ("action1", "action2"), "original", "structured"))
     assert train.by_state(frozen, 0) == pytest.approx(trained["policy_after"], abs=1e-6)
     assert frozen.shape == (4, 4, 3)  # it was trained with free sampling, so it may answer illegally here, too
 
@@ -211,6 +213,25 @@ def test_any_causal_model_trains(kind, tmp_path, tiny):
     assert (config["rank"], config["batch"], config["lr"]) == (64, 1, 1.41e-5)
 
 
+def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
+    """Against always-defect: the states of a round name the points that the drawn game gives, so the reward tells which game was played."""
+    out = tmp_path / "run"
+    result = run(out, "--reward", "utilitarian", "--game", "stag-hunt", "random", "--actions", "moon", "river", "K", "--layout", "rows", "both",
+                 "--prompt", "structured", "game", "--opponent", "always-defect", "--episodes", "96", "--batch", "4", "--lr", "1e-9")
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    drawn = [row["condition"].split("; ") for row in rows]
+    assert {tuple(names.split()) for _, names, _, _ in drawn} == set(permutations(["moon", "river", "K"], 2))
+    assert {layout for _, _, layout, _ in drawn} == {"rows", "both"} and {prompt for _, _, _, prompt in drawn} == {"structured", "game"}
+    assert 6 < sum(game == "stag-hunt" for game, *_ in drawn) < 18
+    for row, (game, *_) in zip(rows, drawn):
+        cells = envs.GAMES["stag-hunt"] if game == "stag-hunt" else [tuple(map(int, cell.split(","))) for cell in game.split()]
+        cooperations = sum(int(row[f"C|{last}"]) for last in "CD")  # of 20 rounds; the other plays D
+        assert float(row["reward"]) == pytest.approx((cooperations * sum(cells[1]) + (20 - cooperations) * sum(cells[3])) / 20, abs=1e-4)
+        assert float(row["kl"]) == pytest.approx(0, abs=1e-5)  # the reference is that of the same prompts
+    untuned = setup("--actions", "moon", "river", "--game", "stag-hunt", "--layout", "rows")[0][0]
+    assert result["policy_before"] == pytest.approx(train.by_state(train.by_order(untuned.act()), 0), abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- bad input
 
 def refused(capsys, argv, *words):
@@ -234,7 +255,9 @@ def refused(capsys, argv, *words):
     (["--clip", "0"], ["--clip"]), (["--kl-coef", "-0.1"], ["--kl-coef"]), (["--kl-target", "0"], ["--kl-target"]),
     (["--vf-coef", "-1"], ["--vf-coef"]), (["--gamma", "1.1"], ["--gamma", "at most 1"]), (["--seed", "-1"], ["--seed"]),
     (["--dtype", "int8"], ["--dtype"]), (["--sampling", "greedy"], ["--sampling"]), (["--actions", "A"], ["--actions"]),
-    (["--actions", "A", "A"], ["--actions", "differ"]), (["--actions", "", "A"], ["--actions", "non-empty"]),
+    (["--actions", "A", "A"], ["--actions", "differ"]), (["--actions", "A", "B", "A"], ["--actions", "differ"]),
+    (["--actions", "B", "action", "action1"], ["--actions", "told apart"]), (["--layout", "diagonal"], ["--layout", "original"]),
+    (["--prompt", "haiku"], ["--prompt", "structured"]), (["--game", "ipd", "poker"], ["--game", "random"]), (["--actions", "", "A"], ["--actions", "non-empty"]),
     (["--actions", "action", "action1"], ["--actions", "told apart"]), (["--device", "abacus"], ["--device"]),
     (["--seed", "9" * 30], ["--seed"]), (["--rank", "9" * 15], ["--rank"]), (["--episodes", "9" * 30], ["--episodes"]),
     (["--device", "meta"], ["--device"]), (["--batch", "1", "--rounds", "1"], ["--batch"]), (["--actions", "<end_of_turn>", "moon"], ["--actions"]),
