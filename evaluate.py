@@ -124,7 +124,8 @@ def group(baseline, runs, configs):
     varied = [key for key in settings[0] if len({json.dumps(one.get(key)) for one in settings}) > 1]
 
     def summary(label, reward, members, agents):
-        return {"label": label, "name": label + (f" (n={len(agents)})" if len(agents) > 1 else ""), "reward": reward, "n": len(agents), "runs": members,
+        name = label + (f" (n={len(agents)})" if len(agents) > 1 else "")
+        return {"label": label, "name": name, "reward": reward, "n": len(agents), "runs": members,
                 **{part: mean_and_interval([one[part] for one in agents]) for part in ("games", "axes", "transfer") if part in baseline}}
 
     groups = [summary("untuned", "untuned", [], [baseline])]
@@ -132,7 +133,8 @@ def group(baseline, runs, configs):
         *earlier, last = one["reward"], *one["then"]
         words = [f"{reward} until {episode}, then" for reward, episode in zip(earlier, one["switch"])] + [last]
         words += ["vs", *one["opponent"]] if "opponent" in varied else []
-        label = ", ".join([" ".join(words), *(f"{key} {in_brief(one.get(key))}" for key in varied if key not in ("reward", "then", "switch", "opponent"))])
+        others = [f"{key} {in_brief(one.get(key))}" for key in varied if key not in ("reward", "then", "switch", "opponent")]
+        label = ", ".join([" ".join(words), *others])
         groups.append(summary(label, last, indices, [runs[i] for i in indices]))
     return groups
 
@@ -202,7 +204,7 @@ def transfer(config, table_of, xi):
     """`moral_accuracy` by each reward where something is new to the run, the rest being as in its training: {reward: {what is new: mean}}.
 
     config: the run's;  table_of: envs.Condition -> policy [state, order, outcome]
-    The games are random and always the same ones; the mean is over those in which the reward prefers an action.
+    The games are random and always the same ones; the mean is over those in which the reward prefers an action (NaN: there is none).
     """
     home = first_condition(config["game"], parse_names(config["actions"]), config["layout"], config["prompt"])
     rng = np.random.default_rng(0)
@@ -212,8 +214,12 @@ def transfer(config, table_of, xi):
              "wording": [home._replace(prompt=NEW_WORDING)], "game": games, "game, names, layout": both,
              "all": [one._replace(prompt=NEW_WORDING) for one in both]}
     tables = {new: [(payoff_array(one.game), table_of(one)) for one in conditions] for new, conditions in tests.items()}
-    return {reward: {new: float(np.nanmean([moral_accuracy(reward, table, payoffs, xi) for payoffs, table in found]))
-                     for new, found in tables.items()} for reward in REWARDS}
+
+    def mean(reward, found):
+        accuracies = [moral_accuracy(reward, table, payoffs, xi) for payoffs, table in found]
+        return float(np.mean([x for x in accuracies if not math.isnan(x)] or math.nan))
+
+    return {reward: {new: mean(reward, found) for new, found in tables.items()} for reward in REWARDS}
 
 
 def ask(model, tokenizer, name, table, args):

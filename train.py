@@ -27,7 +27,7 @@ import numpy as np
 
 from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, LAYOUTS, NAMES, ORDERS, STATES, STRATEGIES, TEMPLATES, describe, draw,
                   first_condition, memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, play, prompts)
-from rewards import REWARDS, reward_table
+from rewards import REWARDS, moral_accuracy, reward_table
 from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, save,
                   stop_signals, write_json, write_state)
 
@@ -223,14 +223,16 @@ def by_state(table, outcome):
 
 def metrics_columns(learners):
     """The columns of metrics.csv: those of the player and, where the opponent learns, too, the same for it."""
-    names = ["reward", "kl", "kl_coef", "policy_loss", "value_loss", "ratio", "skipped", *ACTION_TYPES, *(f"P(C|{state})" for state in STATES)]
+    names = ["reward", "accuracy", "kl", "kl_coef", "policy_loss", "value_loss", "ratio", "skipped", *ACTION_TYPES,
+             *(f"P(C|{state})" for state in STATES)]
     return ["episodes", "phase", "condition", *names, *(f"opponent {name}" for name in names if len(learners) > 1)]
 
 
 def train(args, learners, seats, state, save_state):
     """The training loop: one row of metrics.csv per update. Returns the learners' tables [state, order, outcome] before and after.
 
-    seats: from `setup`;  state: what `read_state` returns, {} for a new run;  save_state(before, rng, updates done) is called every --save-every updates.
+    seats: from `setup`;  state: what `read_state` returns, {} for a new run
+    save_state(before, rng, updates done) is called every --save-every updates.
     Raises FloatingPointError where training cannot go on, KeyboardInterrupt after a signal; the last saved state is good either way.
     """
     from tqdm import tqdm
@@ -266,11 +268,11 @@ def train(args, learners, seats, state, save_state):
             for learner, table, me, other, view, reward in zip(learners, tables, played, played[::-1], (payoffs, other_seat(payoffs)),
                                                                (phase, args.opponent_reward or phase)):
                 points = reward_table(reward, view, args.xi, args.illegal)[me.state, me.action, other.move]
-                stats = learner.update(me.prompt, me.action, points)
+                stats = {"accuracy": moral_accuracy(reward, table, view, args.xi), **learner.update(me.prompt, me.action, points)}
                 cooperation = by_state(table, C).values()
                 counts = np.bincount((2 * me.action + me.state % 2).ravel(), minlength=6)
                 row += [*(f"{x:.6g}" for x in (points.mean(), *stats.values())), *counts, *(f"{p:.6g}" for p in cooperation)]
-                shown.append(f"reward {points.mean():+.2f}  KL {stats['kl']:.3f}  P(C) {np.mean(list(cooperation)):.2f}"
+                shown.append(f"reward {points.mean():+.2f}  accuracy {stats['accuracy']:.2f}  KL {stats['kl']:.3f}"
                              + (f"  skipped {stats['skipped']}" if stats["skipped"] else ""))
             writer.writerow(row)
             progress.set_postfix_str("  |  ".join(shown), refresh=False)

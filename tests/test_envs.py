@@ -124,5 +124,6 @@ def test_a_single_condition_costs_no_randomness():
     """So that the paper's setting plays the same games whatever could have been varied."""
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    assert draw(rng, ["ipd"], ["a", "b"], ["rows"], ["poetic"]) == ("ipd", ("a", "b"), "rows", "poetic") == first_condition(["ipd"], "abc", ["rows"], ["poetic"])
+    only = ("ipd", ("a", "b"), "rows", "poetic")
+    assert draw(rng, ["ipd"], ["a", "b"], ["rows"], ["poetic"]) == only == first_condition(["ipd"], "abc", ["rows"], ["poetic"])
     assert rng.bit_generator.state == before and first_condition(["random"], "ab", ["rows"], ["poetic"]).game == "ipd"

@@ -81,6 +81,7 @@ def test_metrics(runs):
     for row in rows:
         assert sum(int(row[kind]) for kind in train.ACTION_TYPES) == 16 * 5
         assert -6 <= float(row["reward"]) <= 6
+        assert float(row["accuracy"]) == pytest.approx(np.mean([float(row[f"P(C|{state})"]) for state in envs.STATES]), abs=1e-5)  # to cooperate
     assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6) and float(rows[-1]["kl"]) > 1e-4  # it starts as the base model
     assert float(rows[0]["kl_coef"]) == train.DEFAULTS["embedded"]["kl_coef"] > float(rows[1]["kl_coef"])
 
