@@ -1,4 +1,4 @@
-"""The embedded model: it reads held-out games, has the skills that morals are made of, and decides at random."""
+"""The embedded model: it reads held-out games, and decides at random."""
 
 import sys
 
@@ -13,9 +13,9 @@ sys.path.insert(0, str(ROOT / "tiny"))
 from pretrain import reading  # noqa: E402
 
 
-@pytest.mark.parametrize("kind, least", [("own", 0.95), ("other", 0.95), ("cell", 0.9), ("best_reply", 0.8), ("total", 0.8)])
-def test_reads_held_out_games_in_every_layout(kind, least, tiny):
-    assert min(reading(*tiny, kinds=[kind], texts=100, seed=5)[kind].values()) >= least
+def test_reads_the_last_moves_of_held_out_games(tiny):
+    scores = reading(*tiny, texts=300, seed=5)
+    assert scores["own"] >= 0.95 and scores["other"] >= 0.95
 
 
 @pytest.mark.parametrize("names", [("action1", "action2"), ("action3", "action4"), ("moon", "river")])
