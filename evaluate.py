@@ -187,7 +187,8 @@ def evaluate(args):
         load_adapter(model, "agent", run)
         result, seats = agent(config)
         tables.append(seats)
-        runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "actions", "seed", "model")}, **result})
+        runs.append({"run": str(run), **{key: config[key] for key in ("reward", "opponent", "game", "actions", "layout", "prompt",
+                                                                         "seed", "model")}, **result})
     if args.society:
         points = payoff_array(first), args.rounds, args.illegal
         others = {name: (memory_one(strategy), opening(strategy)) for name, strategy in STRATEGIES.items()}
@@ -290,6 +291,10 @@ def report(results):
         print(f"\nProbability of the action that the reward asks for; what is new at test:\n{'':{width}}" + "".join(f"{title:>21}" for title in new))
         for name, leaves in rows:
             print(f"{name:{width}}" + "".join(f"{figure(leaves[title]):>21}" for title in new))
+        for run in results["runs"]:
+            known = {NEW_LAYOUT, NEW_WORDING, *sum(NEW_NAMES, ())} & {*run["layout"], *run["prompt"], *run["actions"]}
+            if known:
+                print(f"Not new to {run['run']}: {' '.join(sorted(known))}")
     labelled = [("untuned", results["baseline"]), *((run["run"], run) for run in results["runs"])]
     width = max(40, *(len(name) for name, _ in labelled))
     for name, one in labelled:

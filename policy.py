@@ -172,7 +172,7 @@ class Policy:
     """
 
     def __init__(self, model, name, prompts, answers, free, nodes=None, value_head=None):
-        self.model, self.name, self.free, self.nodes = model, name, free, nodes
+        self.model, self.name, self.free = model, name, free
         self.outcomes = len(answers) + free
         self.prompts = len(prompts)
         self.value_head = value_head or zero_value_head(model)

@@ -213,7 +213,8 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
 def test_transfer(run, tiny, tmp_path, capsys):
     """Each column against a calculation of its own, for the untuned model and one trained run; the heat map has a row for either."""
     evaluate.main([str(run), "--game", "ipd", "--transfer", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "figures")])
-    assert "untuned, by the utilitarian reward" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "untuned, by the utilitarian reward" in shown and "Not new" not in shown
     results = json.loads((tmp_path / "out.json").read_text())
     untuned = results["baseline"]["transfer"]
     model, tokenizer = tiny
@@ -232,6 +233,8 @@ def test_transfer(run, tiny, tmp_path, capsys):
     assert results["runs"][0]["transfer"]["utilitarian"]["nothing"] > untuned["utilitarian"]["nothing"] + 0.1
     assert results["groups"][1]["transfer"]["utilitarian"]["all"]["mean"] == results["runs"][0]["transfer"]["utilitarian"]["all"]
     assert matplotlib.image.imread(tmp_path / "figures" / "transfer.png").std() > 0.05
+    evaluate.main([str(copy(run, tmp_path / "seen", layout=["rows", "both"])), "--game", "ipd", "--transfer"])
+    assert f"Not new to {tmp_path / 'seen'}: both" in capsys.readouterr().out
 
 
 def test_what_is_new_at_test_is_not_in_the_built_in_names():
