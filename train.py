@@ -34,7 +34,7 @@ from runs import (base_of, blame, check_out, clear, locked, number, processes, r
 # torch, transformers and the rooms that need them are imported in `setup`: --help and a bad option answer at once.
 
 DEFAULTS = {  # settings that depend on the model; None on the command line means: take them from here
-    "embedded": dict(episodes=15360, batch=256, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.5),
+    "embedded": dict(episodes=25600, batch=256, lr=3e-3, rank=8, alpha=16.0, epochs=2, kl_coef=0.5),
     "paper": dict(episodes=1000, batch=1, lr=1.41e-5, rank=64, alpha=32.0, epochs=4, kl_coef=0.2),
 }
 

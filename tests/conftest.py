@@ -45,5 +45,5 @@ def random_model(kind, seed=0):
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer) of the embedded model, never adapted: do not add an adapter to it."""
-    return (AutoModelForCausalLM.from_pretrained(ROOT / "tiny", attn_implementation="eager").eval(),
+    return (AutoModelForCausalLM.from_pretrained(ROOT / "tiny", attn_implementation="sdpa").eval(),
             AutoTokenizer.from_pretrained(ROOT / "tiny"))

@@ -274,7 +274,7 @@ def test_bad_input(run, tmp_path, capsys, monkeypatch):
         ([str(run), str(copy(run, tmp_path / "free", sampling="free"))], "--sampling"),
         ([str(run), "--opponent", "me"], "--opponent"), ([str(run), "--actions", "A", "A"], "--actions"), ([str(run), "--rounds", "0"], "--rounds"),
         ([str(run), "--samples", "0"], "--samples"), ([str(run), "--xi", "nan"], "--xi"), ([str(run), "--illegal", "6"], "--illegal"),
-        ([str(run), "--actions", "action", "action3"], "told apart"), ([], "RUN"), ([str(run), "--layout", "diagonal"], "--layout"),
+        ([str(run), "--actions", "moon", "moon3"], "told apart"), ([], "RUN"), ([str(run), "--layout", "diagonal"], "--layout"),
         ([str(run), "--prompt-file", str(tmp_path / "lacks.txt")], "{second}"), ([str(run), "--prompt-file", str(tmp_path / "unknown.txt")], "{colour}"),
         ([str(run), "--prompt-file", str(tmp_path / "open.txt")], "--prompt-file"), ([str(run), "--prompt-file", "nowhere.txt"], "--prompt-file"),
         ([str(run), "--json", str(tmp_path / "notes.json")], "--json"), ([str(run), "--plot", str(tmp_path)], "--plot"),

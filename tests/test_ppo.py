@@ -72,7 +72,8 @@ def test_trie_equals_separate_passes(kind, free):
 
 def test_trie_equals_separate_passes_on_the_embedded_model(tiny):
     model, tokenizer = tiny
-    texts, answers = encode(tokenizer, prompts(payoff_array("ipd"), NAMES), NAMES)
+    names = ("moon7", "moonlit")  # several tokens each, and the first one in common
+    texts, answers = encode(tokenizer, prompts(payoff_array("ipd"), names), names)
     for free in (False, True):
         with torch.no_grad():
             table = Policy(model, "player", texts, answers, free)()[0][:, :2]
@@ -109,9 +110,9 @@ def test_values_read_the_prompt_alone():
 
 def test_boundary_of_the_embedded_model(tiny):
     model, tokenizer = tiny
-    texts, answers = encode(tokenizer, ["Hi."], ("action1", "K"))
+    texts, answers = encode(tokenizer, ["Hi."], ("moon7", "K"))
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi."}], add_generation_prompt=True)["input_ids"]
-    assert texts[0] == asked and tokenizer.convert_ids_to_tokens(answers[0]) == ["action", "##1"]
+    assert texts[0] == asked and tokenizer.convert_ids_to_tokens(answers[0]) == ["moon", "##7"]
 
 
 def byte_level_tokenizer(template=None):
@@ -138,7 +139,7 @@ def test_template_that_writes_a_space_before_the_answer():
     assert tokenizer.decode(texts[0]) == "[Your answer:]" and tokenizer.decode(answers[0]) == " red"
 
 
-@pytest.mark.parametrize("names", [("action", "action1"), ("action1", "action")])
+@pytest.mark.parametrize("names", [("moon", "moon7"), ("moon7", "moon")])
 def test_a_name_that_begins_another_is_refused(names, tiny):
     with pytest.raises(ValueError, match="told apart"):
         encode(tiny[1], ["Hi."], names)

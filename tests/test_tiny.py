@@ -1,21 +1,26 @@
-"""The embedded model: it reads held-out games, and decides at random."""
+"""The embedded model: it reads held-out games, and decides at random; and the texts it learned from."""
 
+import random
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 from envs import C, ILLEGAL, payoff_array, prompts
 from policy import Policy, encode
 
 sys.path.insert(0, str(ROOT / "tiny"))
-from pretrain import reading  # noqa: E402
+import pretrain  # noqa: E402
+
+BARS = dict(own=0.99, other=0.99, reverse=0.99, cell=0.95, their_cell=0.95, best_reply=0.85, total=0.75, equal=0.9, average_total=0.9)
 
 
-def test_reads_the_last_moves_of_held_out_games(tiny):
-    scores = reading(*tiny, texts=300, seed=5)
-    assert scores["own"] >= 0.95 and scores["other"] >= 0.95
+def test_reads_held_out_games_in_every_layout(tiny):
+    shares = pretrain.reading(*tiny, texts=200, seed=5)
+    for kind, bar in BARS.items():
+        assert min(shares[kind].values()) >= bar, kind
 
 
 @pytest.mark.parametrize("names", [("action1", "action2"), ("action3", "action4"), ("moon", "river")])
@@ -27,6 +32,49 @@ def test_untuned_decisions_are_undecided(names, tiny):
     assert 0.35 <= constrained[..., C].mean() <= 0.65
     assert 0.2 <= free[..., ILLEGAL].mean() <= 0.7
     assert np.allclose(free.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", pretrain.TEXTS)
+def test_a_branch_is_read_like_a_text_of_its_own(kind, tiny):
+    """Packed beside other branches, and beside longer texts, an answer has the logits that it has in the plain text."""
+    model, tokenizer = tiny
+    rng = random.Random(3)
+    texts = [pretrain.make_text(rng, kind) for _ in range(3)]
+    alone = [(context, [branch]) for context, branches in texts for branch in branches]
+    with torch.no_grad():
+        packed, wanted = pretrain.answer_logits(model, *pretrain.encode(tokenizer, texts))
+        plain = []
+        for text in alone:
+            ids, _, labels, _ = pretrain.encode(tokenizer, [text])
+            plain.append(model(ids).logits[labels != -100])
+    assert (packed - torch.cat(plain)).abs().max() < 1e-3 and len(set(wanted.tolist())) > 3
+
+
+def test_questions_are_about_a_game_that_was_worked_out_by_hand():
+    """(3,3) (0,4) (4,1) (1,2) in CC CD DC DD, the last moves C and D."""
+    game = pretrain.Game(random.Random(0))
+    game.names, game.own, game.other, game.points = ["C", "D"], 0, 1, payoff_array(((3, 3), (0, 4), (4, 1), (1, 2)))
+    for kind, move, answer in [("own", 0, "C"), ("other", 0, "D"), ("reverse", 0, "C"), ("own_points", 0, "0"), ("other_points", 0, "4"),
+                               ("best_reply", 0, "D"), ("best_reply", 1, "D"), ("total", 0, "C"), ("total", 1, "C"),
+                               ("equal", 0, "C"), ("equal", 1, "D"), ("average", 0, "D"), ("average_total", 0, "C"), ("treated", 0, "no")]:
+        assert game.answer(kind, 0, move) == answer, kind
+    assert [game.answer("cell", x, y) for x, y in pretrain.MOVES] == list("3041")
+    assert [game.answer("their_cell", x, y) for x, y in pretrain.MOVES] == list("3412")
+    game.points = payoff_array(((2, 2), (1, 2), (2, 2), (1, 2)))
+    assert game.answer("best_reply", 0, 0) is game.answer("average_total", 0, 0) is None  # neither is better: not asked
+
+
+def test_held_out_games_and_pairs_of_names_never_occur_in_training(monkeypatch):
+    games = []
+    create = pretrain.Game.__init__
+    monkeypatch.setattr(pretrain.Game, "__init__", lambda self, rng: create(self, rng) or games.append(self))
+    monkeypatch.setattr(pretrain, "HELD_OUT_NAMES", [(name, other) for name in pretrain.NAMES[:20] for other in pretrain.NAMES[20:]])
+    rng = random.Random(4)
+    for kind in [*pretrain.TEXTS] * 40:
+        context, _ = pretrain.make_text(rng, kind)
+        found = set(context.replace(".", " ").replace(",", " ").split())
+        assert kind == "game" or not (found & set(pretrain.NAMES[:20]) and found & set(pretrain.NAMES[20:]))
+    assert len(games) == 40 * len(pretrain.TEXTS) and not any(tuple(map(tuple, game.points.reshape(4, 2))) in pretrain.HELD_OUT_GAMES for game in games)
 
 
 def test_size_on_disk():

@@ -19,7 +19,7 @@ from policy import Policy, encode, load_model
 from runs import processes
 
 SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
-ENOUGH = ["--episodes", "10240"]                  # two thirds of the default are enough to learn one optimum
+ENOUGH = ["--episodes", "10240"]                  # less than half of the default is enough to learn one optimum
 
 
 def run(out, *options):
@@ -147,10 +147,10 @@ def test_the_seats_see_the_game_from_their_own_sides():
 
 
 def test_unlearning(tmp_path):
-    result = run(tmp_path / "run", "--reward", "game", "--then", "utilitarian", "--switch", "5120", "--episodes", "12800")
+    result = run(tmp_path / "run", "--reward", "game", "--then", "utilitarian", "--switch", "12800", "--episodes", "17920")
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
-    assert [row["phase"] for row in rows] == ["game"] * 20 + ["utilitarian"] * 30
-    assert max(float(rows[20][f"P(C|{state})"]) for state in result["policy_after"]) <= 0.05
+    assert [row["phase"] for row in rows] == ["game"] * 50 + ["utilitarian"] * 20
+    assert max(float(rows[50][f"P(C|{state})"]) for state in result["policy_after"]) <= 0.05
     assert min(result["policy_after"].values()) >= 0.95
 
 
@@ -257,9 +257,9 @@ def refused(capsys, argv, *words):
     (["--vf-coef", "-1"], ["--vf-coef"]), (["--gamma", "1.1"], ["--gamma", "at most 1"]), (["--seed", "-1"], ["--seed"]),
     (["--dtype", "int8"], ["--dtype"]), (["--sampling", "greedy"], ["--sampling"]), (["--actions", "A"], ["--actions"]),
     (["--actions", "A", "A"], ["--actions", "differ"]), (["--actions", "A", "B", "A"], ["--actions", "differ"]),
-    (["--actions", "B", "action", "action1"], ["--actions", "told apart"]), (["--layout", "diagonal"], ["--layout", "original"]),
+    (["--actions", "B", "moon", "moon7"], ["--actions", "told apart"]), (["--layout", "diagonal"], ["--layout", "original"]),
     (["--prompt", "haiku"], ["--prompt", "structured"]), (["--game", "ipd", "poker"], ["--game", "random"]), (["--actions", "", "A"], ["--actions", "non-empty"]),
-    (["--actions", "action", "action1"], ["--actions", "told apart"]), (["--device", "abacus"], ["--device"]),
+    (["--actions", "moon", "moon7"], ["--actions", "told apart"]), (["--device", "abacus"], ["--device"]),
     (["--seed", "9" * 30], ["--seed"]), (["--rank", "9" * 15], ["--rank"]), (["--episodes", "9" * 30], ["--episodes"]),
     (["--device", "meta"], ["--device"]), (["--batch", "1", "--rounds", "1"], ["--batch"]), (["--actions", "<end_of_turn>", "moon"], ["--actions"]),
     (["--actions", "\u4e2d", "moon"], ["--actions", "unknown"]), (["--switch", "5"], ["--switch"]),
