@@ -75,7 +75,8 @@ def draw(results, folder):
     if "transfer" in agents[0]:
         rows = transfer_rows(agents)
         new = list(rows[0][1])
-        figure, ax = plt.subplots(figsize=(4 + 0.9 * len(new), 1.6 + 0.36 * len(rows)), layout="constrained")
+        longest = max(len(name) for name, _ in rows)
+        figure, ax = plt.subplots(figsize=(1 + 0.1 * longest + 0.8 * len(new), 1.6 + 0.36 * len(rows)), layout="constrained")
         heat_map(ax, [[leaves[title]["mean"] for title in new] for _, leaves in rows], best=1)
         ax.set_xticks(range(len(new)), new, rotation=40, ha="right")
         ax.set_yticks(range(len(rows)), [name for name, _ in rows])

@@ -24,7 +24,7 @@ from reproduce import ROOT, train
 NAMES = ["--actions", "random", "--opponent", "random", "--episodes", "35840"]
 LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
 VARIED = {  # what training varies; never the layout "both", the wording "unstructured" or the names that evaluate.py tests
-    "nothing": ["--opponent", "random", "--episodes", "15360"],
+    "nothing": ["--opponent", "random"],
     "names": NAMES,
     "names, layout": LAYOUTS,
     "names, layout, game": [*LAYOUTS, "--game", "random", "--episodes", "76800", "--lr", "1e-3"],  # games differ: smaller steps, and more of them
