@@ -229,13 +229,13 @@ class Policy:
     @torch.no_grad()
     def table(self, reference=False):
         """Probabilities, float64 numpy [P, K]; `reference`: of the base model, without the adapter."""
-        return self(reference)[0].double().exp().cpu().numpy()
+        return self(reference)[0].cpu().double().exp().numpy()
 
     @cached_property
     def reference(self):
         """Log-probabilities of the base model, float64 numpy [P, K]. Raises ValueError where they are not finite."""
         with torch.no_grad():
-            log_probs = self(reference=True)[0].double().cpu().numpy()
+            log_probs = self(reference=True)[0].cpu().double().numpy()
         if not np.isfinite(log_probs).all():
             raise ValueError("the model's own probabilities are not finite: try --dtype float32")
         return log_probs

@@ -129,7 +129,7 @@ class Learner:
         self.policy = policy or self.policy
         with torch.set_grad_enabled(keep_graph):
             self.tables = self.policy()
-        table = torch.cat([self.tables[0], self.tables[1][:, None]], dim=1).detach().double().cpu().numpy()
+        table = torch.cat([self.tables[0], self.tables[1][:, None]], dim=1).detach().cpu().double().numpy()
         if not np.isfinite(table).all():
             raise FloatingPointError("the policy is no longer finite")
         self.log_probs, self.values = table[:, :-1], table[:, -1]
