@@ -5,7 +5,7 @@
     python benchmarks/speed.py --json speed.json
 
 Prints medians of interleaved repeats. The weights do not change the work, so the random ones of a real shape measure a real model; the embedded
-tokenizer stands in for its own. "The authors' way" is written from the description of their loop: METHOD of the README's last table.
+tokenizer stands in for its own. "The authors' way" is written from what the README says of their loop ("Where this differs").
 """
 
 import argparse
@@ -153,7 +153,8 @@ def main():
     learner = Learner(policy, lr=1e-5, epochs=epochs, clip=0.2, kl_coef=0.2, kl_target=6, vf_coef=0.1, gamma=0)
     rewards, opponent, rng = reward_table("utilitarian", payoffs), envs.memory_one(envs.STRATEGIES["tit-for-tat"]), np.random.default_rng(0)
     learner.act()
-    figures = {"model": args.model, "device": str(model.device), "threads": torch.get_num_threads(), "nodes": policy.shards[0][1].tokens.numel(), "sequences": len(policy.shards[0][1].tokens),
+    figures = {"model": args.model, "device": str(model.device), "threads": torch.get_num_threads(), "nodes": policy.shards[0][1].tokens.numel(),
+               "sequences": len(policy.shards[0][1].tokens),
                "plain tokens": int(sequences(prompts, answers)[1].sum()), "epochs": epochs}
 
     def update(episodes):
