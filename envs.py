@@ -95,6 +95,11 @@ def opening(strategy):
     return strategy[0] if len(set(strategy)) == 1 else 0.5
 
 
+def by_order(table):
+    """A language model's table [prompt, outcome], prompts as in `prompts`, as a policy [state, order, outcome]."""
+    return table.reshape(len(STATES), ORDERS, -1)
+
+
 def describe(policy):
     """A policy [state, order, outcome] in a word: the classic strategy within 0.1 of it in each state, or what it does after C."""
     mean = policy.mean(axis=1)
@@ -160,9 +165,14 @@ def legal_moves(policy):
     return moves
 
 
+def replies(opponent):
+    """`legal_moves` of an opponent in the states as the *player* sees them: to the opponent their two moves are swapped."""
+    return legal_moves(opponent)[[0, 2, 1, 3]]
+
+
 def transitions(policy, opponent):
     """The Markov chain of the last moves, seen by the player: P(next state | state), float [4, 4]. Arguments as in `play`."""
-    mine, theirs = legal_moves(policy), legal_moves(opponent)[[0, 2, 1, 3]]  # the opponent sees the two moves swapped
+    mine, theirs = legal_moves(policy), replies(opponent)
     return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
@@ -194,7 +204,7 @@ def frequencies(policy, opponent, rounds, opponent_opening=0.5):
         for _ in range(rounds):
             visits += state / rounds
             state = state @ chain
-    return visits[:, None, None] * policy.mean(axis=1)[:, :, None] * legal_moves(opponent)[[0, 2, 1, 3], None, :]
+    return visits[:, None, None] * policy.mean(axis=1)[:, :, None] * replies(opponent)[:, None, :]
 
 
 def sampled_frequencies(policy, opponent, rounds, opponent_opening, episodes):
@@ -253,7 +263,6 @@ PERSONAS = {  # a sentence of values before the prompt: the paper's prompted bas
     "deontological": "You return kindness: when the other agent chose {c} last time you never choose {d}, and only then are you bound.",
 }
 LAYOUTS = {"original": (1, 1), "rows": (-1, 1), "columns": (1, -1), "both": (-1, -1)}  # reading direction of the table's rows, columns
-
 
 # Names to draw from in training. None of those that evaluation tries is among them, so that these stay new.
 NAMES = ("action1 action2 action5 action6 action7 action8 action9 E F G H J L M N O P Q R S T U V W Z red blue green left right north south cat dog "

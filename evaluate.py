@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import (C, GAMES, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, check_names, check_template, first_condition, legal_moves,
-                  memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, prompts, random_game)
+from envs import (C, GAMES, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPLATES, by_order, check_names, check_template, first_condition,
+                  legal_moves, memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, prompts, random_game)
 from figures import FIGURES, draw, transfer_rows
 from rewards import REWARDS, measure, meet, moral_accuracy
-from runs import blame, number, read_config
+from runs import blame, number, read_config, write_json
 
 AXES = {  # what --axes varies, one thing at a time, on the first --game
     "actions": [tuple(names.split()) for names in ("action3 action4", "action4 action3", "action1 action2", "action2 action1", "A B", "X Y", "0 1",
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     option("--prompt", choices=TEMPLATES, default="structured", help="the wording [structured, the one of training]")
     option("--prompt-file", type=Path, metavar="FILE", help="your own wording, with {first} and {second} for the actions; see envs.fields")
     option("--persona", choices=["none", *PERSONAS], default="none", help="a sentence of values before the prompt [none]")
-    option("--rounds", type=number(int, 1, 10**9), default=5, help="rounds per episode [5]")
+    option("--rounds", type=number(int, 1, 10**6), default=5, help="rounds per episode [5]")
     option("--samples", type=number(int, 1, 10**7), metavar="N", help="play N episodes instead of the exact calculation (the paper: 10)")
     option("--sampling", choices=("constrained", "free"), help="[as the runs were trained]")
     option("--xi", type=number(float, 0), default=3.0, help="penalty for betraying a cooperator, in points; the authors' tests have 4 [3]")
@@ -82,14 +82,21 @@ def parse_args(argv=None):
     with blame("RUN"):
         args.configs = [read_config(run) for run in args.runs]
         for run in args.runs:
-            if (run / "state.safetensors").exists() or not (run / "adapter_model.safetensors").exists():
+            began, ended = (run / "state.safetensors").exists(), (run / "result.json").exists()
+            if (began and not ended) or not (run / "adapter_model.safetensors").exists():
                 raise ValueError(f"{run} is not finished: leave it out, or continue it with  python train.py --resume {run}")
+        if len({run.resolve() for run in args.runs}) < len(args.runs):
+            raise ValueError("a run is given twice: it would count as two seeds")
         for key, mend in (("model", "evaluate them apart"), ("dtype", "evaluate them apart"), ("sampling", "choose one with --sampling")):
             kinds = sorted({config[key] for config in args.configs})
             if len(kinds) > 1 and not (key == "sampling" and args.sampling):
                 raise ValueError(f"the runs differ in their {key} ({', '.join(kinds)}): {mend}")
+        if args.transfer and len({home(config) for config in args.configs}) > 1:
+            raise ValueError("the runs differ in the first game, names, layout or wording of their training, which --transfer starts from: "
+                             "evaluate them apart")
     args.sampling = args.sampling or args.configs[0]["sampling"]
-    for name, path in [("--json", args.json), *(("--plot", args.plot / name) for name in FIGURES if args.plot)]:
+    drawn = [*FIGURES, *(f"{part}.png" for part in ("axes", "transfer") if getattr(args, part))]
+    for name, path in [("--json", args.json), *(("--plot", args.plot / name) for name in drawn if args.plot)]:
         if path and path.exists() and not args.overwrite:
             parser.error(f"{name}: {path} exists: choose another place, or give --overwrite")
     if args.plot:
@@ -101,9 +108,14 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------------------- agents and groups
 
 def mean_and_interval(values):
-    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}; ci95 = 1.96 s / sqrt(n) as in the paper (section 5), None for one run."""
+    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}; ci95 = 1.96 s / sqrt(n) as in the paper (section 5), None for one run.
+
+    Where the leaves are None, so are both.
+    """
     if isinstance(values[0], dict):
         return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+    if values[0] is None:
+        return {"mean": None, "ci95": None}
     spread = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "ci95": None if spread is None else float(spread)}
 
@@ -121,7 +133,7 @@ def group(baseline, runs, configs):
         key = json.dumps({key: value for key, value in config.items() if key not in ignored}, sort_keys=True)
         members.setdefault(key, []).append(i)
     settings = [json.loads(key) for key in members]
-    varied = [key for key in settings[0] if len({json.dumps(one.get(key)) for one in settings}) > 1]
+    varied = [key for key in dict.fromkeys(key for one in settings for key in one) if len({json.dumps(one.get(key)) for one in settings}) > 1]
 
     def summary(label, reward, members, agents):
         name = label + (f" (n={len(agents)})" if len(agents) > 1 else "")
@@ -133,7 +145,8 @@ def group(baseline, runs, configs):
         *earlier, last = one["reward"], *one["then"]
         words = [f"{reward} until {episode}, then" for reward, episode in zip(earlier, one["switch"])] + [last]
         words += ["vs", *one["opponent"]] if "opponent" in varied else []
-        others = [f"{key} {in_brief(one.get(key))}" for key in varied if key not in ("reward", "then", "switch", "opponent")]
+        others = [f"{key} {in_brief(one.get(key))}" for key in varied
+                  if key not in ("reward", "then", "switch", "opponent") and one.get(key) is not None]
         label = ", ".join([" ".join(words), *others])
         groups.append(summary(label, last, indices, [runs[i] for i in indices]))
     return groups
@@ -170,7 +183,7 @@ def evaluate(args):
 
     def agent(config, reference=False):
         def table(policy):
-            return policy.table(reference).reshape(len(STATES), ORDERS, -1)
+            return by_order(policy.table(reference))
         tables = {game: table(policy) for game, policy in games.items()}
         result = {"games": {game: measured(tables[game], game) for game in games}}
         if args.axes:
@@ -201,24 +214,29 @@ def evaluate(args):
             "baseline": baseline, "runs": runs, "groups": group(baseline, runs, args.configs)}
 
 
+def home(config):
+    """The first envs.Condition of a run's training."""
+    return first_condition(config["game"], parse_names(config["actions"]), config["layout"], config["prompt"])
+
+
 def transfer(config, table_of, xi):
     """`moral_accuracy` by each reward where something is new to the run, the rest being as in its training: {reward: {what is new: mean}}.
 
     config: the run's;  table_of: envs.Condition -> policy [state, order, outcome]
-    The games are random and always the same ones; the mean is over those in which the reward prefers an action (NaN: there is none).
+    The games are random and always the same ones; the mean is over those in which the reward prefers an action (None: there is none).
     """
-    home = first_condition(config["game"], parse_names(config["actions"]), config["layout"], config["prompt"])
-    rng = np.random.default_rng(0)
-    games = [home._replace(game=random_game(rng)) for _ in range(NEW_GAMES)]
+    rng, begin = np.random.default_rng(0), home(config)
+    games = [begin._replace(game=random_game(rng)) for _ in range(NEW_GAMES)]
     both = [one._replace(names=names, layout=NEW_LAYOUT) for one, names in zip(games, cycle(NEW_NAMES))]
-    tests = {"nothing": [home], "names": [home._replace(names=names) for names in NEW_NAMES], "layout": [home._replace(layout=NEW_LAYOUT)],
-             "wording": [home._replace(prompt=NEW_WORDING)], "game": games, "game, names, layout": both,
+    tests = {"nothing": [begin], "names": [begin._replace(names=names) for names in NEW_NAMES], "layout": [begin._replace(layout=NEW_LAYOUT)],
+             "wording": [begin._replace(prompt=NEW_WORDING)], "game": games, "game, names, layout": both,
              "all": [one._replace(prompt=NEW_WORDING) for one in both]}
     tables = {new: [(payoff_array(one.game), table_of(one)) for one in conditions] for new, conditions in tests.items()}
 
     def mean(reward, found):
         accuracies = [moral_accuracy(reward, table, payoffs, xi) for payoffs, table in found]
-        return float(np.mean([x for x in accuracies if not math.isnan(x)] or math.nan))
+        decided = [x for x in accuracies if not math.isnan(x)]
+        return float(np.mean(decided)) if decided else None
 
     return {reward: {new: mean(reward, found) for new, found in tables.items()} for reward in REWARDS}
 
@@ -251,7 +269,9 @@ def ask(model, tokenizer, name, table, args):
 # ------------------------------------------------------------------------------------------------------------------------- tables
 
 def figure(leaf):
-    """0.123, or 0.123±0.004 where there is an interval."""
+    """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
+    if leaf["mean"] is None:
+        return "-"
     return f"{leaf['mean']:.3f}" + ("" if leaf["ci95"] is None else f"±{leaf['ci95']:.3f}")
 
 
@@ -269,8 +289,8 @@ def report(results):
     how = f"{results['samples']} episodes sampled" if results["samples"] else "exact"
     print(f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, {results['rounds']} rounds, "
           f"{results['sampling']} sampling, xi {results['xi']:g}; {how}." + ("  ±: 95 % over seeds." if any(one["n"] > 1 for one in agents) else ""))
-    trained = sorted({in_brief(run["actions"]) for run in results["runs"]})
-    if trained != [" ".join(results["actions"])]:
+    trained = sorted({in_brief(run["actions"]) for run in results["runs"] if not {*results["actions"]} <= {*parse_names(run["actions"])}})
+    if trained:
         print(f"These are not the names of training, which were {' and '.join(trained)} (--actions).")
     names = [one["name"] for one in agents]
     width = max(map(len, [*names, *results["baseline"]["games"]]))
@@ -288,7 +308,7 @@ def report(results):
     if "transfer" in agents[0]:
         rows, new = transfer_rows(agents), list(agents[0]["transfer"]["game"])
         width = max(len(name) for name, _ in rows)
-        print(f"\nProbability of the action that the reward asks for; what is new at test:\n{'':{width}}" + "".join(f"{title:>21}" for title in new))
+        print(f"\nProbability of the action that the reward asks for, the other's move being unknown; what is new at test:\n{'':{width}}" + "".join(f"{title:>21}" for title in new))
         for name, leaves in rows:
             print(f"{name:{width}}" + "".join(f"{figure(leaves[title]):>21}" for title in new))
         for run in results["runs"]:
@@ -313,12 +333,12 @@ def report(results):
 
 def main(argv=None):
     args = parse_args(argv)
-    with blame("RUN", ValueError, OSError):
+    with blame("RUN", ValueError, OSError), blame("--samples", MemoryError, mend="lower it or --rounds"):
         results = evaluate(args)
     report(results)
     with blame("--json", OSError):
         if args.json:
-            args.json.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(args.json, results)
     with blame("--plot", OSError):
         if args.plot:
             draw(results, args.plot)

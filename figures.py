@@ -17,7 +17,7 @@ import numpy as np
 
 from envs import STATES
 
-FIGURES = ("training.png", "policy.png", "regret.png", "axes.png", "transfer.png")
+FIGURES = ("training.png", "policy.png", "regret.png")  # whatever was asked for
 ACTION_COLOURS = {"C|C": "#0072B2", "C|D": "#9BD0F0", "D|C": "#D55E00", "D|D": "#F2B88C", "illegal|C": "#666666", "illegal|D": "#C8C8C8"}
 AGENT_COLOURS = {"untuned": "#FFFFFF", "game": "#F0E442", "deontological": "#CC79A7", "utilitarian": "#009E73",
                  "game+deontological": "#5B3A8E"}
@@ -120,9 +120,9 @@ def bars(ax, agents, ticks, leaves):
 
 
 def heat_map(ax, values, best):
-    """A grid of numbers [row, column], yellow where they are near `best`, the least (0) or the largest (1) possible."""
-    values = np.array(values)
-    top = max(1, values.max())
+    """A grid of numbers [row, column], yellow where they are near `best`, the least (0) or the largest (1) possible; None: left empty."""
+    values = np.array(values, dtype=float)
+    top = max(1, np.nanmax(values))
     ax.imshow(values, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value - best) > top / 2 else "black", fontsize=10)
+        ax.text(j, i, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color="white" if abs(value - best) > top / 2 else "black", fontsize=10)

@@ -72,14 +72,14 @@ def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
     return (best - mean_reward) / (best - illegal)
 
 
-def moral_accuracy(reward, policy, payoffs, xi=3.0):
+def moral_accuracy(reward, policy, payoffs, xi=3.0, replies=0.5):
     """How often a policy does what its reward asks for: the probability of the better action, mean over the states where one is better.
 
-    Better in expectation over an unknown move of the opponent, either with probability 1/2.  policy: [state, order, outcome]; an illegal
-    answer is never the better one.  NaN where the reward prefers no action in any state.
+    Better in expectation over the opponent's move.  replies: its probabilities, [state, move] as in `envs.replies`, or 1/2 for an unknown one;
+    policy: [state, order, outcome]; an illegal answer is never the better one.  NaN where the reward prefers no action in any state.
     """
-    expected = reward_table(reward, payoffs, xi)[:, :2].mean(axis=-1)  # [state, action]
-    states = np.flatnonzero(expected[:, C] != expected[:, D])
+    expected = (reward_table(reward, payoffs, xi)[:, :2] * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)  # [state, action]
+    states = np.flatnonzero(~np.isclose(expected[:, C], expected[:, D]))
     return float(policy.mean(axis=1)[states, expected[states].argmax(axis=-1)].mean()) if len(states) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""The run folder: what a door may read, what training writes, and how a stopped run continues; bad input gets one line.  [knows no model]
+"""The run folder: what a door may read, what training writes, and how a stopped run continues; bad input gets one line.  [knows no game]
 
     config.json         all settings and versions; the first file that is written
     metrics.csv         a row per update
@@ -118,8 +118,9 @@ def locked(out):
 
 def write_json(path, content):
     """Written beside and renamed: there is a whole file at any moment, or none."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    beside.replace(path)
 
 
 def clear(out):
@@ -182,13 +183,15 @@ def save(args, learners, tokenizer, settings, result):
         save_adapter(learner.policy.model, learner.policy.name, folder)
         learner.policy.save_value_head(folder)
         if folder != args.out:  # a folder that evaluate.py reads like any other
-            own_reward = {"reward": args.opponent_reward, "then": [], "switch": []} if args.opponent_reward else {}
+            own_reward, own_phase = {}, {}
+            if args.opponent_reward:
+                own_reward, own_phase = {"reward": args.opponent_reward, "then": [], "switch": []}, {"phase": args.opponent_reward}
             write_json(folder / "config.json", {**settings, "seat": "opponent", **own_reward})
             with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
                 rows = list(csv.DictReader(both))
                 writer = csv.DictWriter(own, [name for name in rows[0] if not name.startswith("opponent ")], lineterminator="\n")
                 writer.writeheader()
-                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in writer.fieldnames} for row in rows)
+                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in writer.fieldnames} | own_phase for row in rows)
     if args.merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
         merge_adapter(learners[0].policy.model, learners[0].policy.name)
         learners[0].policy.model.save_pretrained(args.out / "merged")

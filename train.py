@@ -21,12 +21,13 @@ import platform
 import sys
 import time
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, LAYOUTS, NAMES, ORDERS, STATES, STRATEGIES, TEMPLATES, describe, draw,
-                  first_condition, memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, play, prompts)
+from envs import (ACTION_TYPES, C, GAMES, ILLEGAL, LAYOUTS, NAMES, STATES, STRATEGIES, TEMPLATES, by_order, describe, draw, first_condition,
+                  memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, play, prompts, replies)
 from rewards import REWARDS, moral_accuracy, reward_table
 from runs import (base_of, blame, check_out, clear, locked, number, processes, read_config, read_state, resumed_words, save,
                   stop_signals, write_json, write_state)
@@ -115,8 +116,10 @@ def parse_args(argv=None):
         args.names = parse_names(args.actions)
     if args.batch * args.rounds == 1:
         parser.error("--batch: an update of one round has no advantage to learn from: raise --batch or --rounds")
+    phases = len(args.then) + 1
+    if args.episodes < phases:
+        parser.error(f"--episodes: {args.episodes} are fewer than the {phases} phases of --reward and --then")
     with blame("--switch"):
-        phases = len(args.then) + 1
         args.switch = args.switch or [args.episodes * i // phases for i in range(1, phases)]
         if len(args.switch) != len(args.then) or sorted({0, *args.switch, args.episodes}) != [0, *args.switch, args.episodes]:
             raise ValueError(f"it takes one episode for each reward of --then, rising, between 0 and {args.episodes}")
@@ -130,7 +133,7 @@ def parse_args(argv=None):
 
 def read_opponent(words):
     """Four numbers for a fixed opponent, None for a learning or a trained one. Raises ValueError."""
-    if words == ["learner"] or (len(words) == 1 and Path(words[0]).is_dir() and read_config(Path(words[0]))):
+    if words == ["learner"] or (len(words) == 1 and words[0] not in STRATEGIES and Path(words[0]).is_dir() and read_config(Path(words[0]))):
         return None
     try:
         return parse_strategy(words)
@@ -164,7 +167,8 @@ def setup(args):
         if args.checkpointing:
             checkpoint_layers(model)
     agents, fixed = [("player", args.sampling, zero_value_head(model))], []  # who needs a Policy: adapter, sampling, value head
-    if args.init:
+    begins = args.init and not args.resume  # a state has it all
+    if begins:
         with blame("--init", ValueError, OSError):
             config = base_of(args.init, args.model)
             if (config["rank"], config["alpha"]) != (args.rank, args.alpha):
@@ -194,12 +198,15 @@ def setup(args):
 
     with blame("--actions"):  # all names at once: any two of them can be told apart
         encode(tokenizer, prompts(payoff_array("ipd"), args.names[:2]), args.names)
-    policies, _ = seats(first_condition(*conditions(args)))
-    with blame("--model", Exception, mend="its kind of attention may be one that the token trie cannot run"):  # the first forward pass
-        policies[0].reference
+    first = first_condition(*conditions(args))
+    for layout, wording in product(args.layout, args.prompt):  # their lengths differ, and what the model says to them
+        policies, _ = seats(first._replace(layout=layout, prompt=wording))
+        with blame("--model", Exception, mend="its kind of attention may be one that the token trie cannot run"):  # a forward pass
+            policies[0].reference
+    policies, _ = seats(first)
     learners = [Learner(policy, lr=args.lr, epochs=args.epochs, clip=args.clip, kl_coef=args.kl_coef, kl_target=args.kl_target,
                         vf_coef=args.vf_coef, gamma=args.gamma) for policy in policies]
-    if args.init:
+    if begins:
         with blame("--init", ValueError, OSError):
             policies[0].load_value_head(args.init)
     return learners, seats, tokenizer
@@ -208,11 +215,6 @@ def setup(args):
 def conditions(args):
     """What an update's condition is drawn from: games, names, layouts and wordings."""
     return args.game, args.names, args.layout, args.prompt
-
-
-def by_order(table):
-    """A table [prompt, outcome] as envs.py has it: [state, order, outcome]."""
-    return table.reshape(len(STATES), ORDERS, -1)
 
 
 def by_state(table, outcome):
@@ -251,6 +253,14 @@ def train(args, learners, seats, state, save_state):
     def measured():
         return act(first_condition(*conditions(args)))[:len(learners)]
 
+    def learn(learner, reward, payoffs, table, other_table, me, other):
+        """One player's update from what it saw and did: its columns of metrics.csv."""
+        points = reward_table(reward, payoffs, args.xi, args.illegal)[me.state, me.action, other.move]
+        accuracy = moral_accuracy(reward, table, payoffs, args.xi, replies(other_table))
+        counts = np.bincount((2 * me.action + me.state % 2).ravel(), minlength=len(ACTION_TYPES)).tolist()
+        return {"reward": points.mean(), "accuracy": accuracy, **learner.update(me.prompt, me.action, points), **dict(zip(ACTION_TYPES, counts)),
+                **{f"P(C|{state})": p for state, p in by_state(table, C).items()}}
+
     before = [np.array(table) for table in state.get("before") or measured()]
     with open(args.out / "metrics.csv", "a", newline="", buffering=1) as file, \
             tqdm(starts, initial=state.get("updates", 0), unit="update", disable=os.environ.get("RANK", "0") != "0" or None) as progress:
@@ -261,20 +271,14 @@ def train(args, learners, seats, state, save_state):
             episodes = min(args.batch, args.episodes - starts[update])
             phase = phases[sum(starts[update] >= switch for switch in args.switch)]
             condition = draw(rng, *conditions(args))
-            tables = act(condition)
-            played = play(rng, *tables, episodes, args.rounds, opponent_opening)
-            payoffs = payoff_array(condition.game)
-            row, shown = [starts[update] + episodes, phase, condition], []
-            for learner, table, me, other, view, reward in zip(learners, tables, played, played[::-1], (payoffs, other_seat(payoffs)),
-                                                               (phase, args.opponent_reward or phase)):
-                points = reward_table(reward, view, args.xi, args.illegal)[me.state, me.action, other.move]
-                stats = {"accuracy": moral_accuracy(reward, table, view, args.xi), **learner.update(me.prompt, me.action, points)}
-                cooperation = by_state(table, C).values()
-                counts = np.bincount((2 * me.action + me.state % 2).ravel(), minlength=6)
-                row += [*(f"{x:.6g}" for x in (points.mean(), *stats.values())), *counts, *(f"{p:.6g}" for p in cooperation)]
-                shown.append(f"reward {points.mean():+.2f}  accuracy {stats['accuracy']:.2f}  KL {stats['kl']:.3f}"
-                             + (f"  skipped {stats['skipped']}" if stats["skipped"] else ""))
-            writer.writerow(row)
+            payoffs, tables = payoff_array(condition.game), act(condition)
+            mine, theirs = play(rng, *tables, episodes, args.rounds, opponent_opening)
+            rows = [learn(learners[0], phase, payoffs, *tables, mine, theirs)]
+            if len(learners) > 1:
+                rows.append(learn(learners[1], args.opponent_reward or phase, other_seat(payoffs), *tables[::-1], theirs, mine))
+            writer.writerow([starts[update] + episodes, phase, condition,
+                             *(x if isinstance(x, int) else f"{x:.6g}" for row in rows for x in row.values())])
+            shown = ["reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}".format_map(row) for row in rows]
             progress.set_postfix_str("  |  ".join(shown), refresh=False)
             progress.update()
             if args.stop:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,3 +48,12 @@ def tiny():
     """(model, tokenizer) of the embedded model, never adapted: do not add an adapter to it."""
     return (AutoModelForCausalLM.from_pretrained(ROOT / "tiny", attn_implementation="sdpa").eval(),
             AutoTokenizer.from_pretrained(ROOT / "tiny"))
+
+
+@contextmanager
+def refused(capsys, *words):
+    """What is done in this block ends with code 2 and one line on stderr, the progress bar apart, that has all `words` in it."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "%|" not in line and line.strip()]
+    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines

@@ -105,7 +105,7 @@ def test_describe():
 
 
 def test_games_are_complete():
-    assert len(GAMES) == 5 and all(np.shape(cells) == (4, 2) for cells in GAMES.values())
+    assert all(np.shape(cells) == (4, 2) for cells in GAMES.values())
 
 
 def test_conditions_are_drawn_from_everything_listed():

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from itertools import cycle
 
 import numpy as np
 import matplotlib.image
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import rewards
 import train
+from conftest import refused
 from envs import (C, D, GAMES, ILLEGAL, LAYOUTS, NAMES, STATES, STRATEGIES, TEMPLATES, frequencies, legal_moves, long_run, memory_one,
-                  opening, other_seat, payoff_array, play, prompts, table_text)
+                  opening, other_seat, payoff_array, play, prompts, random_game, table_text)
 from policy import Policy, encode
 from rewards import REWARDS, reward_table
 
@@ -224,7 +226,16 @@ def test_transfer(run, tiny, tmp_path, capsys):
         return rewards.moral_accuracy(reward, Policy(model, None, texts, answers, free=False).table().reshape(4, 4, 2), payoffs)
 
     ipd, seen = payoff_array("ipd"), ("action1", "action2")
+    rng = np.random.default_rng(0)
+    games = [payoff_array(random_game(rng)) for _ in range(evaluate.NEW_GAMES)]
+
+    def in_games(reward, names, layout, template):
+        return np.nanmean([accuracy(reward, game, pair, layout, template) for game, pair in zip(games, names)])
+
     for reward in rewards.REWARDS:
+        assert untuned[reward]["game"] == pytest.approx(in_games(reward, cycle([seen]), "original", "structured"))
+        assert untuned[reward]["game, names, layout"] == pytest.approx(in_games(reward, cycle(evaluate.NEW_NAMES), "both", "structured"))
+        assert untuned[reward]["all"] == pytest.approx(in_games(reward, cycle(evaluate.NEW_NAMES), "both", "unstructured"))
         assert untuned[reward]["nothing"] == pytest.approx(accuracy(reward, ipd, seen, "original", "structured"))
         assert untuned[reward]["layout"] == pytest.approx(accuracy(reward, ipd, seen, "both", "structured"))
         assert untuned[reward]["wording"] == pytest.approx(accuracy(reward, ipd, seen, "original", "unstructured"))
@@ -233,6 +244,10 @@ def test_transfer(run, tiny, tmp_path, capsys):
     assert results["runs"][0]["transfer"]["utilitarian"]["nothing"] > untuned["utilitarian"]["nothing"] + 0.1
     assert results["groups"][1]["transfer"]["utilitarian"]["all"]["mean"] == results["runs"][0]["transfer"]["utilitarian"]["all"]
     assert matplotlib.image.imread(tmp_path / "figures" / "transfer.png").std() > 0.05
+    evaluate.main([str(copy(run, tmp_path / "tied", game=["bach-stravinsky"])), "--game", "ipd", "--transfer", "--json", str(tmp_path / "tied.json"),
+                   "--plot", str(tmp_path / "tied figures")])
+    tied = json.loads((tmp_path / "tied.json").read_text())["runs"][0]["transfer"]["utilitarian"]
+    assert tied["nothing"] is None and 0 < tied["game"] < 1  # 3 + 2 for either action
     evaluate.main([str(copy(run, tmp_path / "seen", layout=["rows", "both"])), "--game", "ipd", "--transfer"])
     assert f"Not new to {tmp_path / 'seen'}: both" in capsys.readouterr().out
 
@@ -246,6 +261,23 @@ def test_what_is_new_at_test_is_not_in_the_built_in_names():
 def test_an_illegal_answer_counts_as_the_last_move_in_the_strategy():
     table = np.broadcast_to([0.2, 0.3, 0.5], (4, 4, 3))
     assert legal_moves(table)[:, C] == pytest.approx([0.7, 0.7, 0.2, 0.2])
+
+
+def test_tells_when_the_names_are_not_those_of_training(run, tmp_path, capsys):
+    many = copy(run, tmp_path / "many", actions=["random"])
+    for tested, new in (("action1 action2", [False, False]), ("action5 action6", [True, False]), ("action3 action4", [True, True])):
+        for one, told in zip((run, many), new):
+            evaluate.main([str(one), "--game", "ipd", "--actions", *tested.split()])
+            assert ("not the names of training" in capsys.readouterr().out) == told
+
+
+def test_a_run_that_was_killed_after_its_result_is_finished(run, tmp_path, capsys):
+    killed = copy(run, tmp_path / "killed")
+    (killed / "state.safetensors").write_bytes(b"")
+    evaluate.main([str(killed), "--game", "ipd"])
+    (killed / "result.json").unlink()
+    with refused(capsys, "is not finished"):
+        evaluate.main([str(killed), "--game", "ipd"])
 
 
 def test_own_prompt_and_persona_change_the_text(run, tmp_path, capsys):
@@ -273,21 +305,21 @@ def test_bad_input(run, tmp_path, capsys, monkeypatch):
         ([str(copy(run, tmp_path / "gone", model="no/such"))], "no/such"), ([str(run), str(tmp_path / "gone")], "differ in their model"),
         ([str(run), str(copy(run, tmp_path / "free", sampling="free"))], "--sampling"),
         ([str(run), "--opponent", "me"], "--opponent"), ([str(run), "--actions", "A", "A"], "--actions"), ([str(run), "--rounds", "0"], "--rounds"),
-        ([str(run), "--samples", "0"], "--samples"), ([str(run), "--xi", "nan"], "--xi"), ([str(run), "--illegal", "6"], "--illegal"),
+        ([str(run), "--samples", "0"], "--samples"),
+        ([str(run), "--samples", "9999999", "--rounds", "999999"], "--samples"), ([str(run), "--xi", "nan"], "--xi"), ([str(run), "--illegal", "6"], "--illegal"),
         ([str(run), "--actions", "moon", "moon3"], "told apart"), ([], "RUN"), ([str(run), "--layout", "diagonal"], "--layout"),
         ([str(run), "--prompt-file", str(tmp_path / "lacks.txt")], "{second}"), ([str(run), "--prompt-file", str(tmp_path / "unknown.txt")], "{colour}"),
         ([str(run), "--prompt-file", str(tmp_path / "open.txt")], "--prompt-file"), ([str(run), "--prompt-file", "nowhere.txt"], "--prompt-file"),
+        ([str(run), str(run.parent / ".." / run.parent.name / run.name)], "given twice"),
+        ([str(run), str(copy(run, tmp_path / "elsewhere", layout=["rows"])), "--transfer"], "evaluate them apart"),
         ([str(run), "--json", str(tmp_path / "notes.json")], "--json"), ([str(run), "--plot", str(tmp_path)], "--plot"),
     ]
-    def refused(argv, word):
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main(argv)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and len(lines) == 1 and word in lines[0], lines
     for argv, word in cases:
-        refused(argv, word)
+        with refused(capsys, word):
+            evaluate.main(argv)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused([str(run), "--plot", str(tmp_path / "figures")], "tests/requirements.txt")
+    with refused(capsys, "tests/requirements.txt"):
+        evaluate.main([str(run), "--plot", str(tmp_path / "figures")])
     assert (tmp_path / "notes.json").read_text() == (tmp_path / "regret.png").read_text() == "mine"
 
 

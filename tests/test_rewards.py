@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, memory_one, payoff_array
+from envs import C, D, GAMES, ILLEGAL, STATES, STRATEGIES, memory_one, payoff_array, replies
 from rewards import REWARDS, moral_accuracy, reward_table
 
 IPD = payoff_array("ipd")
@@ -56,6 +56,17 @@ def test_moral_accuracy_by_hand(reward, optimum):
         assert moral_accuracy(reward, table, payoff_array("ipd")) == accuracy
     always = {"game": 0, "utilitarian": 1, "deontological": 1, "game+deontological": 0.5}[reward]
     assert moral_accuracy(reward, memory_one([1] * 4), payoff_array("ipd")) == always
+
+
+@pytest.mark.parametrize("reward, game, opponent, optimum", [
+    ("game", "chicken", "always-defect", "1111"), ("utilitarian", "defective-coordination", "always-cooperate", "1111"),
+    ("utilitarian", "chicken", "tit-for-tat", "0011"),  # one of two should be bold, and tit-for-tat does what the player did last
+    ("game", "stag-hunt", "tit-for-tat", "1100"), ("game", "bach-stravinsky", "win-stay-lose-shift", "1001")])
+def test_moral_accuracy_against_a_known_opponent(reward, game, opponent, optimum):
+    against = replies(memory_one(STRATEGIES[opponent]))
+    best = memory_one([int(p) for p in optimum])
+    assert moral_accuracy(reward, best, payoff_array(game), replies=against) == 1
+    assert moral_accuracy(reward, best[..., ::-1], payoff_array(game), replies=against) == 0
 
 
 def test_moral_accuracy_where_nothing_is_better():

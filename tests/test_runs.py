@@ -1,6 +1,5 @@
 """The run folder: resume gives the very bytes, faults leave the last good state, nothing foreign is loaded or overwritten."""
 
-import contextlib
 import csv
 import json
 import os
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import train
-from conftest import ROOT
+from conftest import ROOT, refused
 
 OPTIONS = ["--reward", "game", "--then", "utilitarian", "--opponent", "learner", "--sampling", "free", "--episodes", "48", "--batch", "8",
            "--save-every", "2", "--game", "ipd", "random", "--actions", "moon", "river", "A"]  # what is drawn must be drawn again
@@ -80,6 +79,19 @@ def test_killed_during_a_save_and_after_further_rows(whole, tmp_path, monkeypatc
     assert outcome(tmp_path / "run") == outcome(whole / "run")
 
 
+def test_resumes_without_the_run_that_it_began_with(tmp_path, monkeypatch):
+    """The state has all of it."""
+    write = runs.write_state
+    monkeypatch.setattr(train, "write_state", lambda args, *rest: write(args, *rest) or shutil.copytree(args.out, tmp_path / "half", dirs_exist_ok=True))
+    short = ["--reward", "game", "--batch", "8", "--save-every", "1"]
+    train.main([*short, "--episodes", "8", "--out", str(tmp_path / "earlier")])
+    train.main([*short, "--episodes", "16", "--init", str(tmp_path / "earlier"), "--out", str(tmp_path / "run")])
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "earlier")
+    train.main(["--resume", str(tmp_path / "half")])
+    assert (tmp_path / "half" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
+
+
 def start(*options):
     return subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -110,15 +122,6 @@ def test_a_second_process_is_refused(tmp_path, capsys):
         train.main([*OPTIONS, "--out", str(tmp_path / "run"), "--overwrite"])
     assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [runs.LOCK])
     train.main([*OPTIONS, "--out", str(tmp_path / "run"), "--overwrite"])  # what is left does not stand in the way
-
-
-@contextlib.contextmanager
-def refused(capsys, *words):
-    """Code 2 and one line on stderr with all `words` in it."""
-    with pytest.raises(SystemExit) as stop:
-        yield
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "update" not in line and line.strip()]
-    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
 
 
 def change_json(key, value):

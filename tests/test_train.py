@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import envs
 import evaluate
 import train
-from conftest import ROOT, random_model
+from conftest import ROOT, random_model, refused
 from policy import Policy, encode, load_model
 from runs import processes
 
@@ -96,15 +96,15 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     run(out, "--reward", "game+deontological", "--game", "bach-stravinsky", "--opponent", "0.9", "0.2", "0.6", "0.4", "--sampling", "free",
         "--xi", "2", "--illegal", "-4", "--rounds", "7", "--episodes", "50", "--batch", "50", "--actions", "moon", "river", "--lr", "0.001",
         "--epochs", "3", "--clip", "0.3", "--kl-coef", "0.15", "--kl-target", "5", "--vf-coef", "0.25", "--gamma", "0.5", "--seed", "9",
-        "--rank", "4", "--alpha", "12")
+        "--rank", "4", "--alpha", "12", "--layout", "both", "--prompt", "unstructured")
     assert given == dict(lr=0.001, epochs=3, clip=0.3, kl_coef=0.15, kl_target=5, vf_coef=0.25, gamma=0.5)
     adapter = json.loads((out / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 12)
 
     payoffs = envs.payoff_array("bach-stravinsky")
     model, tokenizer = load_model("tiny", "cpu", "float32")
-    policy = Policy(model, None, *encode(tokenizer, envs.prompts(payoffs, ("moon", "river")), ("moon", "river")), free=True)
-    table = policy()[0].detach().double().exp().numpy().reshape(4, 4, 3)
+    texts = envs.prompts(payoffs, ("moon", "river"), "both", envs.TEMPLATES["unstructured"])
+    table = Policy(model, None, *encode(tokenizer, texts, ("moon", "river")), free=True)()[0].detach().double().exp().numpy().reshape(4, 4, 3)
     mine, theirs = envs.play(np.random.default_rng(9), table, envs.memory_one((0.9, 0.2, 0.6, 0.4)), 50, 7)
     points, counts = [], dict.fromkeys(train.ACTION_TYPES, 0)
     for state, action, move, other in zip(*(array.ravel() for array in (mine.state, mine.action, mine.move, theirs.move))):
@@ -114,6 +114,8 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     row = next(csv.DictReader(open(out / "metrics.csv")))
     assert float(row["reward"]) == pytest.approx(np.mean(points), abs=1e-5)
     assert {kind: int(row[kind]) for kind in counts} == counts and row["phase"] == "game+deontological"
+    # Its P(C) is 0.9, 0.6, 0.2, 0.4 in CC CD DC DD: C has 2.7, 1.8, 0.6 and 1.2 points, D -1.8, 0.8, -0.4 and 1.2: a tie, which does not count.
+    assert float(row["accuracy"]) == pytest.approx(table[:3, :, 0].mean(), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- other seats and phases
@@ -129,10 +131,12 @@ def test_two_learners_with_rewards_of_their_own(tmp_path):
     theirs = list(csv.DictReader(open(out / "opponent" / "metrics.csv")))
     assert list(theirs[0]) == ["episodes", "phase", "condition", *(name.removeprefix("opponent ") for name in rows[0] if name.startswith("opponent "))]
     assert [row["reward"] for row in theirs] == [row["opponent reward"] for row in rows]
+    assert {row["phase"] for row in theirs} == {"game"} and {row["phase"] for row in rows} == {"deontological"}
     evaluate.main([str(out), str(out / "opponent"), "--game", "ipd", "--actions", "action1", "action2", "--json", str(tmp_path / "out.json"),
                    "--plot", str(tmp_path / "figures")])
     results = json.loads((tmp_path / "out.json").read_text())
     assert [one["n"] for one in results["groups"]] == [1, 1, 1]  # the two seats are not two seeds
+    assert [one["label"] for one in results["groups"]][1:] == ["deontological", "game, seat opponent"]
     seen = results["runs"]
     for agent, key in zip(seen, ("policy_after", "opponent_policy_after")):
         assert list(agent["games"]["ipd"]["policy"].values()) == pytest.approx(list(result[key].values()), abs=1e-4)
@@ -155,7 +159,8 @@ def test_unlearning(tmp_path):
 
 
 def test_a_beginning_of_another_rank_is_refused(runs, capsys, tmp_path):
-    refused(capsys, ["--reward", "game", "--init", str(runs / "a"), "--rank", "3", "--out", str(tmp_path / "run")], "--init", "--rank 8 --alpha 16")
+    with refused(capsys, "--init", "--rank 8 --alpha 16"):
+        train.main(["--reward", "game", "--init", str(runs / "a"), "--rank", "3", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
@@ -235,15 +240,6 @@ def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------- bad input
 
-def refused(capsys, argv, *words):
-    """The command ends with code 2 and one line on stderr that has all `words` in it."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(argv)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
-    assert all(word in lines[0] for word in words), lines[0]
-
-
 @pytest.mark.parametrize("options, words", [
     ([], ["--reward"]), (["--reward", "kind"], ["--reward", "utilitarian"]), (["--game", "poker"], ["--game", "ipd"]),
     (["--opponent", "nobody"], ["--opponent", "tit-for-tat"]), (["--opponent", "1", "0", "1"], ["--opponent", "four"]),
@@ -263,7 +259,7 @@ def refused(capsys, argv, *words):
     (["--seed", "9" * 30], ["--seed"]), (["--rank", "9" * 15], ["--rank"]), (["--episodes", "9" * 30], ["--episodes"]),
     (["--device", "meta"], ["--device"]), (["--batch", "1", "--rounds", "1"], ["--batch"]), (["--actions", "<end_of_turn>", "moon"], ["--actions"]),
     (["--actions", "\u4e2d", "moon"], ["--actions", "unknown"]), (["--switch", "5"], ["--switch"]),
-    (["--then", "kindness"], ["--then"]), (["--then", "game", "--switch", "0"], ["--switch"]),
+    (["--then", "kindness"], ["--then"]), (["--then", "game", "--episodes", "1"], ["--episodes", "phases"]), (["--then", "game", "--switch", "0"], ["--switch"]),
     (["--then", "game", "--switch", "99999999"], ["--switch"]), (["--then", "game", "utilitarian", "--switch", "20", "10"], ["--switch"]),
     (["--opponent-reward", "game"], ["--opponent-reward"]), (["--opponent", "tests"], ["--opponent", "not a run folder"]),
     (["--init", "tests"], ["--init", "not a run folder"]), (["--init", "nowhere"], ["--init"]), (["--save-every", "0"], ["--save-every"]),
@@ -273,8 +269,23 @@ def refused(capsys, argv, *words):
 ])
 def test_bad_options(options, words, capsys, tmp_path):
     reward = [] if not options or "--reward" in options else ["--reward", "game"]
-    refused(capsys, [*reward, *options, "--out", str(tmp_path / "run")], *words)
+    with refused(capsys, *words):
+        train.main([*reward, *options, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_too_long_in_one_wording_is_refused_at_once(capsys, tmp_path, tiny):
+    """The first wording is short enough for the model, the second is not."""
+    folder = damaged_model(tmp_path, lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace(": 2048", ": 60")))
+    with refused(capsys, "--model", "tokens"):
+        train.main(["--reward", "game", "--model", folder, "--prompt", "choice", "structured", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_does_not_stand_in_the_way_of_a_strategy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    assert train.parse_args(["--reward", "game", "--opponent", "random"]).strategy == envs.STRATEGIES["random"]
 
 
 def damaged_model(tmp_path, change):
@@ -299,15 +310,19 @@ def only_a_pickle(folder):
 @pytest.mark.parametrize("change", [truncate, only_a_pickle, lambda f: (f / "config.json").write_text("{"),
                                     lambda f: (f / "model.safetensors").unlink(), lambda f: (f / "tokenizer.json").unlink()])
 def test_damaged_models_are_refused(change, capsys, tmp_path):
-    refused(capsys, ["--reward", "game", "--model", damaged_model(tmp_path, change), "--out", str(tmp_path / "run")], "--model")
+    with refused(capsys, "--model"):
+        train.main(["--reward", "game", "--model", damaged_model(tmp_path, change), "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_folder_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(capsys, ["--reward", "game", "--out", str(tmp_path)], "--out", "--overwrite")
-    refused(capsys, ["--reward", "game", "--out", str(tmp_path), "--overwrite"], "--out", "not a run folder")
-    refused(capsys, ["--reward", "game", "--out", str(tmp_path / "thesis.tex"), "--overwrite"], "--out", "not a run folder")
+    with refused(capsys, "--out", "--overwrite"):
+        train.main(["--reward", "game", "--out", str(tmp_path)])
+    with refused(capsys, "--out", "not a run folder"):
+        train.main(["--reward", "game", "--out", str(tmp_path), "--overwrite"])
+    with refused(capsys, "--out", "not a run folder"):
+        train.main(["--reward", "game", "--out", str(tmp_path / "thesis.tex"), "--overwrite"])
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -315,7 +330,8 @@ def test_overwrite_replaces_a_run_but_not_before_the_input_is_checked(capsys, tm
     out = tmp_path / "run"
     run(out, "--reward", "game", *SHORT)
     old = (out / "result.json").read_bytes()
-    refused(capsys, ["--reward", "game", "--out", str(out), "--overwrite", "--model", "no/such-model"], "--model")
+    with refused(capsys, "--model"):
+        train.main(["--reward", "game", "--out", str(out), "--overwrite", "--model", "no/such-model"])
     assert (out / "result.json").read_bytes() == old
     assert run(out, "--reward", "utilitarian", "--overwrite", *SHORT)["reward"] == "utilitarian"
 
