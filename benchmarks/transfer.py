@@ -1,6 +1,6 @@
 """What carries over? Four rewards, more and more things varied in training, tested where something is new; the figures of docs/TRANSFER.md.
 
-    python benchmarks/transfer.py                # 5 seeds on the embedded model, 3 of the long runs: 25 minutes on two cores
+    python benchmarks/transfer.py                # 5 seeds on the embedded model, 3 where layouts or games vary: half an hour on two cores
     python benchmarks/transfer.py --seeds 1      # a quick look
 
 Runs go to results/transfer/runs; what is finished is skipped and what was interrupted is resumed. Then evaluate.py --transfer gives the probability
@@ -21,13 +21,11 @@ from tqdm import tqdm
 from learning import OPTIMA
 from reproduce import ROOT, train
 
-NAMES = ["--actions", "random", "--opponent", "random", "--episodes", "35840"]
+SHORT, LONG = ["--episodes", "35840"], ["--episodes", "76800", "--lr", "1e-3"]  # where games differ: smaller steps, and more of them
+NAMES = ["--actions", "random"]
 LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
 VARIED = {  # what training varies; never the layout "both", the wording "unstructured" or the names that evaluate.py tests
-    "nothing": ["--opponent", "random"],
-    "names": NAMES,
-    "names, layout": LAYOUTS,
-    "names, layout, game": [*LAYOUTS, "--game", "random", "--episodes", "76800", "--lr", "1e-3"],  # games differ: smaller steps, and more of them
+    "nothing": SHORT, "names": [*SHORT, *NAMES], "names, layout": [*SHORT, *LAYOUTS], "names, layout, game": [*LONG, *LAYOUTS, "--game", "random"],
 }
 
 
@@ -61,7 +59,7 @@ def main():
     args = parser.parse_args()
     folder = args.results / "transfer"
     grid = [(folder / "runs" / f"{reward}-varied-{kind.replace(', ', '-')}-seed{seed}",
-             [reward, *options, "--seed", seed])
+             [reward, "--opponent", "random", *options, "--seed", seed])
             for reward in OPTIMA for kind, options in VARIED.items()
             for seed in range(1, 1 + (args.seeds if kind in ("nothing", "names") else min(args.seeds, 3)))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
