@@ -38,23 +38,33 @@ def train(out, options, environment):
         sys.exit(f"{out}: {done.stderr.strip().splitlines()[-1]}")
 
 
-def evaluate(runs, folder, name, *options):
-    """evaluate.py on several runs: its JSON, its figures, its tables as text, and both regrets of all games in markdown."""
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *runs, *options, "--overwrite", "--json", folder / f"{name}.json",
-                           "--plot", folder / "figures" / name], capture_output=True, text=True)
+def evaluate(*options):
+    """What evaluate.py prints."""
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, options), "--overwrite"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    (folder / f"{name}.txt").write_text(done.stdout)
+    return done.stdout
+
+
+def cell(leaf):
+    """0.12, or 0.12 ± 0.03 where there is an interval."""
+    return f"{leaf['mean']:.2f}" + ("" if leaf["ci95"] is None else f" ± {leaf['ci95']:.2f}")
+
+
+def markdown(*rows):
+    """A table; the first row is its head."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def report(runs, folder, name, *options):
+    """evaluate.py on several runs: its JSON, its figures, its tables as text, and both regrets of all games in markdown."""
+    told = evaluate(*runs, *options, "--json", folder / f"{name}.json", "--plot", folder / "figures" / name)
+    (folder / f"{name}.txt").write_text(told)
     groups = json.loads((folder / f"{name}.json").read_text())["groups"]
-    lines = []
-    for norm in ("deontological", "utilitarian"):
-        lines += [f"| {norm} regret | " + " | ".join(groups[0]["games"]) + " |", "|---" * (1 + len(groups[0]["games"])) + "|"]
-        for one in groups:
-            leaves = [measures["regret"][norm] for measures in one["games"].values()]
-            cells = [f"{leaf['mean']:.2f}" + (f" ± {leaf['ci95']:.2f}" if one["n"] > 1 else "") for leaf in leaves]
-            lines.append(f"| {one['label']} | " + " | ".join(cells) + " |")
-        lines.append("")
-    (folder / f"{name}.md").write_text("\n".join(lines))
+    tables = [markdown([f"{norm} regret", *groups[0]["games"]],
+                       *([one["label"], *(cell(measures["regret"][norm]) for measures in one["games"].values())] for one in groups))
+              for norm in ("deontological", "utilitarian")]
+    (folder / f"{name}.md").write_text("\n".join(tables))
 
 
 def main():
@@ -77,9 +87,9 @@ def main():
         list(tqdm(pool.map(lambda job: train(*job, environment), grid), total=len(grid), unit="run"))
     for opponent in OPPONENTS:
         runs = [out for kind in KINDS for out, _ in grid if out.name.startswith(f"{kind}-vs-{opponent}-")]
-        evaluate(runs, folder, f"new-names-vs-{opponent}", "--axes")
-        evaluate(runs, folder, f"new-names-constrained-vs-{opponent}", "--sampling", "constrained")
-        evaluate(runs, folder, f"training-names-vs-{opponent}", "--actions", "action1", "action2")
+        report(runs, folder, f"new-names-vs-{opponent}", "--axes")
+        report(runs, folder, f"new-names-constrained-vs-{opponent}", "--sampling", "constrained")
+        report(runs, folder, f"training-names-vs-{opponent}", "--actions", "action1", "action2")
     print(f"Tables and figures are in {folder}")
 
 

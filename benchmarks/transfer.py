@@ -5,13 +5,13 @@
 
 Runs go to results/transfer/runs; what is finished is skipped and what was interrupted is resumed. Then evaluate.py --transfer gives the probability
 of the action that the reward asks for, in results/transfer: transfer.txt, .md and .json, and one heat map in figures/. For the agents that saw many
-names and nothing else new, a line per reward says how many entries of the policy, in pairs of names never seen, are within 0.05 of the optimum.
+names and nothing else new, a line per reward says how many entries of the policy, in pairs of names never seen, are within 0.05 of the optimum
+(names.txt); and a line per kind how long training took, on one core with another run beside it.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from learning import OPTIMA
-from reproduce import ROOT, train
+from reproduce import ROOT, cell, evaluate, markdown, train
 
 SHORT, LONG = ["--episodes", "35840"], ["--episodes", "76800", "--lr", "1e-3"]  # where games differ: smaller steps, and more of them
 NAMES = ["--actions", "random"]
@@ -27,13 +27,6 @@ LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
 VARIED = {  # what training varies; never the layout "both", the wording "unstructured" or the names that evaluate.py tests
     "nothing": SHORT, "names": [*SHORT, *NAMES], "names, layout": [*SHORT, *LAYOUTS], "names, layout, game": [*LONG, *LAYOUTS, "--game", "random"],
 }
-
-
-def evaluate(*options):
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, options), "--overwrite"], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return done.stdout
 
 
 def entries(folder, runs):
@@ -52,13 +45,17 @@ def entries(folder, runs):
             for reward, found in misses.items()]
 
 
+def slug(kind):
+    return kind.replace(", ", "-")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (where layouts or games vary: at most 3) [5]")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     folder = args.results / "transfer"
-    grid = [(folder / "runs" / f"{reward}-varied-{kind.replace(', ', '-')}-seed{seed}",
+    grid = [(folder / "runs" / f"{reward}-varied-{slug(kind)}-seed{seed}",
              [reward, "--opponent", "random", *options, "--seed", seed])
             for reward in OPTIMA for kind, options in VARIED.items()
             for seed in range(1, 1 + (args.seeds if kind in ("nothing", "names") else min(args.seeds, 3)))]
@@ -70,16 +67,18 @@ def main():
                                                   "--plot", folder / "figures"))
     untuned, *trained = json.loads((folder / "transfer.json").read_text())["groups"]
     new = list(untuned["transfer"]["game"])
-    lines = ["| reward | varied in training | " + " | ".join(new) + " |", "|---" * (2 + len(new)) + "|"]
+    rows = []
     for reward in OPTIMA:
         agents = [one for one in trained if one["reward"] == reward]
-        for kind, one in zip(["untuned", *VARIED], [untuned, *agents], strict=True):
-            cells = [f"{leaf['mean']:.2f}" + (f" ± {leaf['ci95']:.2f}" if one["n"] > 1 else "") for leaf in one["transfer"][reward].values()]
-            lines.append(f"| {reward} | {kind} | " + " | ".join(cells) + " |")
-    (folder / "transfer.md").write_text("\n".join(lines) + "\n")
+        rows += [[reward, kind, *map(cell, one["transfer"][reward].values())] for kind, one in zip(["untuned", *VARIED], [untuned, *agents], strict=True)]
+    table = markdown(["reward", "varied in training", *new], *rows)
+    (folder / "transfer.md").write_text(table)
     told = entries(folder, [out for out in runs if "-varied-names-seed" in out.name])
     (folder / "names.txt").write_text("\n".join(told) + "\n")
-    print("\n".join([*lines, "", "Entries within 0.05 of the optimum in pairs of names never seen (varied in training: names):", *told]))
+    print("\n".join([table, "Entries within 0.05 of the optimum in pairs of names never seen (varied in training: names):", *told]))
+    for kind in VARIED:
+        seconds = [json.loads((out / "result.json").read_text())["seconds"] for out in runs if f"-varied-{slug(kind)}-seed" in out.name]
+        print(f"Training where {kind} varies: {min(seconds):.0f} to {max(seconds):.0f} s")
 
 
 if __name__ == "__main__":
