@@ -3,36 +3,31 @@
 import random
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT
-from envs import C, ILLEGAL, payoff_array, prompts
-from policy import Policy, encode
+from envs import payoff_array
 
 sys.path.insert(0, str(ROOT / "tiny"))
 import pretrain  # noqa: E402
 
-# Of a larger total the model is to give 0.85 in every layout; it gives 0.84 in two of them (tiny/README.md), so this guards what there is.
-BARS = dict(own=0.99, other=0.99, reverse=0.99, cell=0.95, their_cell=0.95, best_reply=0.85, total=0.75, equal=0.9, average_total=0.9)
+BARS = dict(own=0.99, other=0.99, reverse=0.99, own_points=0.95, other_points=0.95, cell=0.95, their_cell=0.95, best_reply=0.85, total=0.85,
+            equal=0.85, average=0.85, average_total=0.85, treated=0.85)
 
 
 def test_reads_held_out_games_in_every_layout(tiny):
     shares = pretrain.reading(*tiny, texts=200, seed=5)
+    assert shares.keys() == BARS.keys()
     for kind, bar in BARS.items():
         assert min(shares[kind].values()) >= bar, kind
 
 
-@pytest.mark.parametrize("names", [("action1", "action2"), ("action3", "action4"), ("moon", "river")])
-def test_untuned_decisions_are_undecided(names, tiny):
-    model, tokenizer = tiny
-    texts, answers = encode(tokenizer, prompts(payoff_array("ipd"), names), names)
-    constrained = Policy(model, None, texts, answers, free=False)()[0].detach().exp().numpy().reshape(4, 4, 2)
-    free = Policy(model, None, texts, answers, free=True)()[0].detach().exp().numpy().reshape(4, 4, 3)
-    assert 0.35 <= constrained[..., C].mean() <= 0.65
-    assert 0.2 <= free[..., ILLEGAL].mean() <= 0.7
-    assert np.allclose(free.sum(-1), 1, atol=1e-5)
+def test_untuned_decisions_are_undecided(tiny):
+    found = pretrain.decisions(*tiny)
+    assert {"action1 action2", "action3 action4", "moon river"} < found.keys()
+    for names, (cooperation, illegal) in found.items():
+        assert 0.35 <= cooperation <= 0.65 and 0.2 <= illegal <= 0.7, names
 
 
 @pytest.mark.parametrize("kind", pretrain.TEXTS)

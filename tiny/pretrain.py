@@ -1,13 +1,13 @@
 """Train the embedded model from scratch on game texts that this script makes, and measure how well it reads.
 
-    python tiny/pretrain.py             # train (35 minutes on one core), save into this folder, print the reading table
+    python tiny/pretrain.py             # train (50 minutes on one core), save into this folder, print the reading table
     python tiny/pretrain.py --measure   # only print the reading table of the saved model
 
 The model is a Gemma 3 of a million parameters. It is taught to *read* a game, not to play it: what a cell of the table holds, what the last moves
 were, and the skills that morals are made of, as questions with checkable answers. The decision itself is answered by either name and by other
 text equally often, as by a chat model without a preference.
 
-Two things let a small model learn this in half an hour:
+Two things let a small model learn this in less than an hour:
 
 - A text is a context and a dozen questions that branch off from it (the trie of policy.py, as training data): each sees the context and none of
   the other questions. One table serves them all, and no answer can lean on an earlier one.
@@ -18,7 +18,6 @@ Two things let a small model learn this in half an hour:
 import argparse
 import random
 import sys
-from copy import deepcopy
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,19 +25,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from envs import GAMES, LAYOUTS, ORDERS, STRUCTURED, TEMPLATES, fields  # noqa: E402
+from envs import C, GAMES, ILLEGAL, LAYOUTS, ORDERS, STRUCTURED, TEMPLATES, fields, payoff_array, prompts  # noqa: E402
+import policy  # noqa: E402
 
 # The curriculum: (batches, kinds of text that take turns); see `make_text`. What is left out is forgotten, so earlier kinds go on beside new ones.
-STAGES = [(250, "pairs"), (350, "cells"), (200, "table"), (600, "drill"), (600, "skills drill skills moves"),
-          (1100, "game skills game drill game moves")]
+STAGES = [(250, "pairs"), (350, "cells"), (200, "table"), (600, "drill"), (700, "skills drill skills moves"),
+          (1600, "game skills game drill game moves")]
 TEXTS = {"pairs": 32, "cells": 32, "table": 32, "drill": 32, "moves": 32, "skills": 16, "game": 12}  # in a batch
 LEARNING_RATE, WARM_UP, COOL_DOWN, THREADS, SEED = 3e-3, 100, 0.5, 1, 0
-AVERAGED = (2800, 3000, 3100)  # the weights are the mean of those after so many batches: a preference for a name comes and goes between them
+AVERAGED = 600  # the weights are the mean along the last so many batches: in between, preferences for a name come and go
 
 WORDS = ("red blue green left right north south cat dog sun moon river stone apple pear share keep cooperate defect stay "
          "swerve stag hare up down open close bach stravinsky help harm give take yes no").split()
@@ -218,7 +219,7 @@ def make_text(rng, kind):
         context = game.told(rng) if kind == "drill" else game.fill(rng, f"{rng.choice(ASKS)} {rng.choice(MOVES_TOLD)}")
         return context, [[question] for question in dict.fromkeys(questions) if question[1] is not None]
     branches = []
-    for one in choose(rng, QUESTIONS, 14 if kind == "skills" else 10):
+    for one in choose(rng, QUESTIONS, 14):
         in_a_word = rng.random() < 0.4
         question, answer = game.question(rng, one, in_a_word)
         if answer is not None and in_a_word:
@@ -237,12 +238,6 @@ def make_text(rng, kind):
     asked, told = rng.choice([(one, why) for one in WHY] + [(one, "I answered at random.") for one in STRATEGY])
     branches[-4].append((f"{USER} {asked} {MODEL}", told + END))  # after a decision for one of the names
     return game.context(rng), branches
-
-
-@lru_cache(maxsize=None)
-def word_ids(tokenizer, word):
-    """The tokenizer splits at every space, so a text's tokens are those of its words: a hundred times faster than whole texts."""
-    return tokenizer.encode(word, add_special_tokens=False)
 
 
 def encode(tokenizer, texts):
@@ -311,7 +306,7 @@ def answer_logits(model, ids, positions, labels, mask):
 
 
 def train(model, tokenizer):
-    """Muon on the layers' matrices, AdamW on the rest, at a constant rate with a linear end; then the mean of AVERAGED.
+    """Muon on the layers' matrices, AdamW on the rest, at a constant rate with a linear end; the mean over the last AVERAGED batches.
 
     The same texts in the same order every time.
     """
@@ -325,7 +320,7 @@ def train(model, tokenizer):
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / WARM_UP, (len(batches) - i) / (COOL_DOWN * len(batches))))
                  for optimizer in optimizers]
     progress = tqdm(batches, unit="batch")
-    snapshots = []
+    averaged = AveragedModel(model)
     for done, kind in enumerate(progress, 1):
         batch = encode(tokenizer, [make_text(rng, kind) for _ in range(TEXTS[kind])])
         loss = torch.nn.functional.cross_entropy(*answer_logits(model, *batch))
@@ -337,9 +332,9 @@ def train(model, tokenizer):
             optimizer.step()
             schedule.step()
         progress.set_postfix_str(f"{kind}, loss {loss.item():.3f}", refresh=False)
-        if done in AVERAGED:
-            snapshots.append(deepcopy(model.state_dict()))
-    model.load_state_dict({key: sum(one[key] for one in snapshots) / len(snapshots) for key in snapshots[0]})
+        if done > len(batches) - AVERAGED and done % 50 == 0:
+            averaged.update_parameters(model)
+    model.load_state_dict(averaged.module.state_dict())
 
 
 @torch.no_grad()
@@ -369,6 +364,16 @@ def reading(model, tokenizer, texts=500, seed=1):
     return shares
 
 
+def decisions(model, tokenizer):
+    """What the model does with no question but the product's own, in the Prisoner's Dilemma: {names: (P(C) of the two, P(any other text))}."""
+    found = {}
+    for names in [("action1", "action2"), *HELD_OUT_NAMES]:
+        texts, answers = policy.encode(tokenizer, prompts(payoff_array("ipd"), names), names)
+        constrained, free = (policy.Policy(model, None, texts, answers, free).table().mean(axis=0) for free in (False, True))
+        found[" ".join(names)] = constrained[C], free[ILLEGAL]
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="only measure the saved model")
@@ -386,6 +391,7 @@ def main():
     print(f"{'right answers, table layout:':30}" + "".join(f"{layout:>10}" for layout in LAYOUTS))
     for kind, shares in reading(model.eval(), tokenizer).items():
         print(f"{kind:30}" + "".join(f"{share:10.1%}" for share in shares.values()))
+    print("\n" + "".join(f"{names}: P(C) {p:.2f}, something else than a name {other:.2f}\n" for names, (p, other) in decisions(model, tokenizer).items()))
 
 
 if __name__ == "__main__":
