@@ -12,7 +12,7 @@ showed. Runs that differ only by seed are one group: mean and 95 % confidence in
 
 The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C C|D D|C D|D illegal|C illegal|D}, reward and
 regret {by name}; `baseline.games[game]` the same for the untuned model, `groups[i].games[game]` the same with a mean and ci95 at each leaf;
-and `.axes[axis][value]`, `.transfer[reward][what is new]`, `.society[opponent]` and `.strategy`, `.ask[i]` of each agent where they were asked
+and `.axes[axis][value]`, `.transfer[reward][what is new]` (null where the reward prefers no action), `.society[opponent]` and `.strategy`, `.ask[i]` of each agent where they were asked
 for.
 """
 
@@ -29,7 +29,7 @@ from envs import (C, GAMES, LAYOUTS, ORDERS, PERSONAS, STATES, STRATEGIES, TEMPL
                   legal_moves, memory_one, opening, other_seat, parse_names, parse_strategy, payoff_array, prompts, random_game)
 from figures import FIGURES, draw, transfer_rows
 from rewards import REWARDS, measure, meet, moral_accuracy
-from runs import blame, number, read_config, write_json
+from runs import blame, number, read_config
 
 AXES = {  # what --axes varies, one thing at a time, on the first --game
     "actions": [tuple(names.split()) for names in ("action3 action4", "action4 action3", "action1 action2", "action2 action1", "A B", "X Y", "0 1",
@@ -291,7 +291,7 @@ def report(results):
           f"{results['sampling']} sampling, xi {results['xi']:g}; {how}." + ("  ±: 95 % over seeds." if any(one["n"] > 1 for one in agents) else ""))
     trained = sorted({in_brief(run["actions"]) for run in results["runs"] if not {*results["actions"]} <= {*parse_names(run["actions"])}})
     if trained:
-        print(f"These are not the names of training, which were {' and '.join(trained)} (--actions).")
+        print(f"These are not the names of training for the agents of {' and '.join(trained)} (--actions).")
     names = [one["name"] for one in agents]
     width = max(map(len, [*names, *results["baseline"]["games"]]))
     head = "".join(f"{title:>14}" for title in [*(f"P(C|{s})" for s in STATES), "illegal", "points", "deont. regret", "util. regret"])
@@ -338,7 +338,7 @@ def main(argv=None):
     report(results)
     with blame("--json", OSError):
         if args.json:
-            write_json(args.json, results)
+            args.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     with blame("--plot", OSError):
         if args.plot:
             draw(results, args.plot)

@@ -116,13 +116,13 @@ def parse_args(argv=None):
         args.names = parse_names(args.actions)
     if args.batch * args.rounds == 1:
         parser.error("--batch: an update of one round has no advantage to learn from: raise --batch or --rounds")
-    phases = len(args.then) + 1
-    if args.episodes < phases:
-        parser.error(f"--episodes: {args.episodes} are fewer than the {phases} phases of --reward and --then")
-    with blame("--switch"):
+    with blame("--switch" if args.switch else "--episodes"):
+        phases = len(args.then) + 1
         args.switch = args.switch or [args.episodes * i // phases for i in range(1, phases)]
-        if len(args.switch) != len(args.then) or sorted({0, *args.switch, args.episodes}) != [0, *args.switch, args.episodes]:
-            raise ValueError(f"it takes one episode for each reward of --then, rising, between 0 and {args.episodes}")
+        firsts = [-(-episode // args.batch) for episode in (0, *args.switch, args.episodes)]  # the update with which each phase begins, and the end
+        if len(args.switch) != len(args.then) or firsts != sorted(set(firsts)):
+            raise ValueError(f"each of the {phases} phases needs an update of its own: one episode for each reward of --then, rising, between 0 and "
+                             f"{args.episodes}, in different batches of {args.batch}")
     name = "-then-".join([args.reward, *args.then]) + "-vs-" + "-".join(Path(word).name for word in args.opponent)
     args.out = args.out or Path("runs") / f"{name}-seed{args.seed}"
     if not args.resume:

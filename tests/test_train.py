@@ -16,6 +16,7 @@ import evaluate
 import train
 from conftest import ROOT, random_model, refused
 from policy import Policy, encode, load_model
+from rewards import moral_accuracy
 from runs import processes
 
 SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
@@ -142,6 +143,22 @@ def test_two_learners_with_rewards_of_their_own(tmp_path):
         assert list(agent["games"]["ipd"]["policy"].values()) == pytest.approx(list(result[key].values()), abs=1e-4)
 
 
+def test_a_learning_opponent_is_paid_and_judged_from_its_own_side(tmp_path):
+    """In a game that is not the same from both sides; against the numbers of the other columns."""
+    result = run(tmp_path / "run", "--reward", "game", "--opponent", "learner", "--game", "bach-stravinsky", "--episodes", "32", "--batch", "16")
+    payoffs = envs.payoff_array("bach-stravinsky")
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    for row in rows:
+        mine, theirs = (envs.memory_one([float(row[f"{seat}P(C|{state})"]) for state in envs.STATES]) for seat in ("", "opponent "))
+        for seat, me, other, view in (("", mine, theirs, payoffs), ("opponent ", theirs, mine, envs.other_seat(payoffs))):
+            accuracy = moral_accuracy("game", me, view, replies=envs.replies(other))
+            assert float(row[f"{seat}accuracy"]) == pytest.approx(accuracy, abs=1e-4)
+        assert row["reward"] != row["opponent reward"]
+    for seat in ("", "opponent "):
+        told = result[f"{seat.replace(' ', '_')}policy_before"]
+        assert {state: float(rows[0][f"{seat}P(C|{state})"]) for state in envs.STATES} == pytest.approx(told, abs=1e-5)
+
+
 def test_the_seats_see_the_game_from_their_own_sides():
     """Bach or Stravinsky: a cell's points change places between the two seats' prompts."""
     learners, _, tokenizer = setup("--opponent", "learner", "--game", "bach-stravinsky")
@@ -259,7 +276,7 @@ def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
     (["--seed", "9" * 30], ["--seed"]), (["--rank", "9" * 15], ["--rank"]), (["--episodes", "9" * 30], ["--episodes"]),
     (["--device", "meta"], ["--device"]), (["--batch", "1", "--rounds", "1"], ["--batch"]), (["--actions", "<end_of_turn>", "moon"], ["--actions"]),
     (["--actions", "\u4e2d", "moon"], ["--actions", "unknown"]), (["--switch", "5"], ["--switch"]),
-    (["--then", "kindness"], ["--then"]), (["--then", "game", "--episodes", "1"], ["--episodes", "phases"]), (["--then", "game", "--switch", "0"], ["--switch"]),
+    (["--then", "kindness"], ["--then"]), (["--then", "game", "--episodes", "1"], ["--episodes", "phases"]), (["--then", "game", "--episodes", "256"], ["--episodes", "phases"]), (["--then", "game", "--switch", "0"], ["--switch"]),
     (["--then", "game", "--switch", "99999999"], ["--switch"]), (["--then", "game", "utilitarian", "--switch", "20", "10"], ["--switch"]),
     (["--opponent-reward", "game"], ["--opponent-reward"]), (["--opponent", "tests"], ["--opponent", "not a run folder"]),
     (["--init", "tests"], ["--init", "not a run folder"]), (["--init", "nowhere"], ["--init"]), (["--save-every", "0"], ["--save-every"]),
@@ -274,7 +291,7 @@ def test_bad_options(options, words, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_too_long_in_one_wording_is_refused_at_once(capsys, tmp_path, tiny):
+def test_what_is_too_long_in_one_wording_is_refused_at_once(capsys, tmp_path):
     """The first wording is short enough for the model, the second is not."""
     folder = damaged_model(tmp_path, lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace(": 2048", ": 60")))
     with refused(capsys, "--model", "tokens"):

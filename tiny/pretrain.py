@@ -1,7 +1,7 @@
 """Train the embedded model from scratch on game texts that this script makes, and measure how well it reads.
 
-    python tiny/pretrain.py             # train (50 minutes on one core), save into this folder, print the reading table
-    python tiny/pretrain.py --measure   # only print the reading table of the saved model
+    python tiny/pretrain.py             # train (50 minutes on one core), save into this folder, print the reading table and its decisions
+    python tiny/pretrain.py --measure   # only print those of the saved model
 
 The model is a Gemma 3 of a million parameters. It is taught to *read* a game, not to play it: what a cell of the table holds, what the last moves
 were, and the skills that morals are made of, as questions with checkable answers. The decision itself is answered by either name and by other
@@ -39,7 +39,7 @@ STAGES = [(250, "pairs"), (350, "cells"), (200, "table"), (600, "drill"), (700, 
           (1600, "game skills game drill game moves")]
 TEXTS = {"pairs": 32, "cells": 32, "table": 32, "drill": 32, "moves": 32, "skills": 16, "game": 12}  # in a batch
 LEARNING_RATE, WARM_UP, COOL_DOWN, THREADS, SEED = 3e-3, 100, 0.5, 1, 0
-AVERAGED = 600  # the weights are the mean along the last so many batches: in between, preferences for a name come and go
+AVERAGED, EVERY = 600, 50  # the weights are the mean of every 50th of the last batches: in between, preferences for a name come and go
 
 WORDS = ("red blue green left right north south cat dog sun moon river stone apple pear share keep cooperate defect stay "
          "swerve stag hare up down open close bach stravinsky help harm give take yes no").split()
@@ -306,7 +306,7 @@ def answer_logits(model, ids, positions, labels, mask):
 
 
 def train(model, tokenizer):
-    """Muon on the layers' matrices, AdamW on the rest, at a constant rate with a linear end; the mean over the last AVERAGED batches.
+    """Muon on the layers' matrices, AdamW on the rest, at a constant rate with a linear end; the mean of every EVERY-th of the last AVERAGED batches.
 
     The same texts in the same order every time.
     """
@@ -332,7 +332,7 @@ def train(model, tokenizer):
             optimizer.step()
             schedule.step()
         progress.set_postfix_str(f"{kind}, loss {loss.item():.3f}", refresh=False)
-        if done > len(batches) - AVERAGED and done % 50 == 0:
+        if len(batches) - done < AVERAGED and (len(batches) - done) % EVERY == 0:
             averaged.update_parameters(model)
     model.load_state_dict(averaged.module.state_dict())
 
