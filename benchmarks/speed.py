@@ -108,7 +108,7 @@ def plain_pass(model, ids, mask):
 
 
 def authors_update(model, reference, optimizer, prompts, answers, rng, payoffs):
-    """One PPO step on one episode, as their loop does it: each of two answer tokens is sampled by an uncached pass over one sequence; then
+    """One PPO step on one episode, as their loop does it: each token of an answer is sampled by an uncached pass over one sequence; then
     old log-probabilities and those of a second full model, on the batch of 5 rounds with logits everywhere; then 4 epochs into one step."""
     with adapter(model, "player"), adapter(reference, None):
         chosen = []
