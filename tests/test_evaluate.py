@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import cache
 from itertools import cycle
 
 import numpy as np
@@ -212,8 +213,9 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
         assert image.shape[0] > 250 and image.std() > 0.05
 
 
-def test_transfer(run, tiny, tmp_path, capsys):
+def test_transfer(run, tiny, tmp_path, capsys, monkeypatch):
     """Each column against a calculation of its own, for the untuned model and one trained run; the heat map has a row for either."""
+    monkeypatch.setattr(evaluate, "NEW_GAMES", len(evaluate.NEW_NAMES))  # fewer, for speed: each of the names once
     evaluate.main([str(run), "--game", "ipd", "--transfer", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "figures")])
     shown = capsys.readouterr().out
     assert "untuned, by the utilitarian reward" in shown and "Not new" not in shown
@@ -221,13 +223,17 @@ def test_transfer(run, tiny, tmp_path, capsys):
     untuned = results["baseline"]["transfer"]
     model, tokenizer = tiny
 
-    def accuracy(reward, payoffs, names, layout, template):
-        texts, answers = encode(tokenizer, prompts(payoffs, names, layout, TEMPLATES[template]), names)
-        return rewards.moral_accuracy(reward, Policy(model, None, texts, answers, free=False).table().reshape(4, 4, 2), payoffs)
+    @cache
+    def table(game, names, layout, template):
+        texts, answers = encode(tokenizer, prompts(payoff_array(game), names, layout, TEMPLATES[template]), names)
+        return Policy(model, None, texts, answers, free=False).table().reshape(4, 4, 2)
 
-    ipd, seen = payoff_array("ipd"), ("action1", "action2")
+    def accuracy(reward, game, *where):
+        return rewards.moral_accuracy(reward, table(game, *where), payoff_array(game))
+
+    ipd, seen = "ipd", ("action1", "action2")
     rng = np.random.default_rng(0)
-    games = [payoff_array(random_game(rng)) for _ in range(evaluate.NEW_GAMES)]
+    games = [random_game(rng) for _ in range(evaluate.NEW_GAMES)]
 
     def in_games(reward, names, layout, template):
         return np.nanmean([accuracy(reward, game, pair, layout, template) for game, pair in zip(games, names)])

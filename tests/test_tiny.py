@@ -17,7 +17,7 @@ BARS = dict(own=0.99, other=0.99, reverse=0.99, own_points=0.95, other_points=0.
 
 
 def test_reads_held_out_games_in_every_layout(tiny):
-    shares = pretrain.reading(*tiny, texts=200, seed=5)
+    shares = pretrain.reading(*tiny, texts=100, seed=5)
     assert shares.keys() == BARS.keys()
     for kind, bar in BARS.items():
         assert min(shares[kind].values()) >= bar, kind

@@ -168,10 +168,10 @@ def test_the_seats_see_the_game_from_their_own_sides():
 
 
 def test_unlearning(tmp_path):
-    result = run(tmp_path / "run", "--reward", "game", "--then", "utilitarian", "--switch", "12800", "--episodes", "17920")
+    result = run(tmp_path / "run", "--reward", "game", "--then", "utilitarian", "--switch", "10240", "--episodes", "14080")
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
-    assert [row["phase"] for row in rows] == ["game"] * 50 + ["utilitarian"] * 20
-    assert max(float(rows[50][f"P(C|{state})"]) for state in result["policy_after"]) <= 0.05
+    assert [row["phase"] for row in rows] == ["game"] * 40 + ["utilitarian"] * 15
+    assert max(float(rows[40][f"P(C|{state})"]) for state in result["policy_after"]) <= 0.05
     assert min(result["policy_after"].values()) >= 0.95
 
 
