@@ -12,8 +12,8 @@ showed. Runs that differ only by seed are one group: mean and 95 % confidence in
 
 The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C C|D D|C D|D illegal|C illegal|D}, reward and
 regret {by name}; `baseline.games[game]` the same for the untuned model, `groups[i].games[game]` the same with a mean and ci95 at each leaf;
-and `.axes[axis][value]`, `.transfer[reward][what is new]` (null where the reward prefers no action), `.society[opponent]` and `.strategy`, `.ask[i]` of each agent where they were asked
-for.
+and `.axes[axis][value]`, `.transfer[reward][what is new]` (null where the reward prefers no action), `.society[opponent]` and `.strategy`,
+`.ask[i]` of each agent where they were asked for.
 """
 
 import argparse
@@ -308,7 +308,8 @@ def report(results):
     if "transfer" in agents[0]:
         rows, new = transfer_rows(agents), list(agents[0]["transfer"]["game"])
         width = max(len(name) for name, _ in rows)
-        print(f"\nProbability of the action that the reward asks for, the other's move being unknown; what is new at test:\n{'':{width}}" + "".join(f"{title:>21}" for title in new))
+        print("\nProbability of the action that the reward asks for, the other's move being unknown; what is new at test:")
+        print(" " * width + "".join(f"{title:>21}" for title in new))
         for name, leaves in rows:
             print(f"{name:{width}}" + "".join(f"{figure(leaves[title]):>21}" for title in new))
         for run in results["runs"]:

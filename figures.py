@@ -125,4 +125,5 @@ def heat_map(ax, values, best):
     top = max(1, np.nanmax(values))
     ax.imshow(values, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color="white" if abs(value - best) > top / 2 else "black", fontsize=10)
+        ax.text(j, i, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=10,
+                color="white" if abs(value - best) > top / 2 else "black")

@@ -75,8 +75,10 @@ def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
 def moral_accuracy(reward, policy, payoffs, xi=3.0, replies=0.5):
     """How often a policy does what its reward asks for: the probability of the better action, mean over the states where one is better.
 
-    Better in expectation over the opponent's move in this one round.  replies: its probabilities, [state, move] as in `envs.replies`, or 1/2 for an unknown one;
-    policy: [state, order, outcome]; an illegal answer is never the better one.  NaN where the reward prefers no action in any state.
+    Better in expectation over the opponent's move in this one round.
+    policy:  [state, order, outcome]; an illegal answer is never the better one
+    replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`; 1/2: it is unknown
+    NaN where the reward prefers no action in any state.
     """
     expected = (reward_table(reward, payoffs, xi)[:, :2] * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)  # [state, action]
     states = np.flatnonzero(~np.isclose(expected[:, C], expected[:, D]))

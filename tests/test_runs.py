@@ -82,7 +82,8 @@ def test_killed_during_a_save_and_after_further_rows(whole, tmp_path, monkeypatc
 def test_resumes_without_the_run_that_it_began_with(tmp_path, monkeypatch):
     """The state has all of it."""
     write = runs.write_state
-    monkeypatch.setattr(train, "write_state", lambda args, *rest: write(args, *rest) or shutil.copytree(args.out, tmp_path / "half", dirs_exist_ok=True))
+    monkeypatch.setattr(train, "write_state",
+                        lambda args, *rest: write(args, *rest) or shutil.copytree(args.out, tmp_path / "half", dirs_exist_ok=True))
     short = ["--reward", "game", "--batch", "8", "--save-every", "1"]
     train.main([*short, "--episodes", "8", "--out", str(tmp_path / "earlier")])
     train.main([*short, "--episodes", "16", "--init", str(tmp_path / "earlier"), "--out", str(tmp_path / "run")])
