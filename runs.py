@@ -1,246 +1,320 @@
-"""The run folder: what a door may read, what training writes, and how a stopped run continues; bad input gets one line.  [knows no game]
+"""The run folder: what training writes, and how a stopped run continues.
 
     config.json         all settings and versions; the first file that is written
     metrics.csv         a row per update
-    state.safetensors   while training: all that --resume needs (parameters, Adam's moments, generator ...), its JSON in the file's metadata
-    adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json     when it is finished
+    state.safetensors   while training: all that --resume needs (parameters, Adam's moments,
+                        generator ...), its JSON in the file's metadata
+    adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json
+                        when training has finished
     opponent/, merged/  a learning opponent's adapter; the standalone model of --merge
 
-The state and the JSON files are written beside and renamed, metrics.csv is cut to the state: a run without result.json can be resumed
-whatever the moment at which it was killed. Nothing is ever unpickled.
+JSON files and the state are written beside and renamed, metrics.csv is cut to the state: a run
+without result.json can be resumed whatever the moment at which it was killed. Nothing is ever
+unpickled.
 """
 
-import argparse
 import csv
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
-WRITTEN = ("config.json", "metrics.csv", "state.safetensors", "adapter_model.safetensors", "adapter_config.json", "value_head.safetensors",
-           "result.json", "opponent", "merged")
+from envs import ILLEGAL, C, by_state
+
+WRITTEN = (
+    "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
+    "value_head.safetensors result.json opponent merged"
+).split()
 LOCK = ".lock"
+# What others read of config.json.
+SETTINGS = (
+    "model dtype reward then switch opponent game actions layout prompt seed sampling rank alpha "
+    "versions"
+).split()
 
-
-# ---------------------------------------------------------------------------------------------------------------------- bad input
 
 @contextmanager
-def blame(option, *errors, mend=""):
-    """One of these errors (default: ValueError) in this block is the user's to mend: one line that names the option, exit code 2."""
+def user_error(option, *errors, hint=""):
+    """One of these errors (default: ValueError) in this block is the user's to correct.
+
+    It becomes one line on stderr that names the option, with the hint, and exit code 2.
+    """
+    kinds = errors or (ValueError,)
     try:
         yield
-    except errors or ValueError as error:
-        if type(error).__name__ == "OutOfMemoryError" and option != "--device":  # of whatever step: the door says what to lower
-            raise
+    except kinds as error:
+        if type(error).__name__ == "OutOfMemoryError" and option != "--device":
+            raise  # whatever ran out of device memory, the program itself says what to lower
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        print(f"error: {option}: {reason}{mend and '; ' + mend}", file=sys.stderr)
+        if hint:
+            reason += f"; {hint}"
+        print(f"error: {option}: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
 
-
-def number(kind, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: an int or float from `low` (or strictly above it) to `high`; never NaN or infinite."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-            bound = f"above {low}" if above and value <= low else f"at least {low}" if value < low else f"at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {'a finite number' if kind is float and not math.isfinite(value) else bound}, not {text}")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value: 'x'"
-    return parse
-
-
-# --------------------------------------------------------------------------------------------------------------------- run folders
 
 def read_config(run):
     """The settings of a run folder. Raises ValueError where it is none."""
     try:
         config = json.loads((run / "config.json").read_text())
-        for key in ("model", "dtype", "reward", "then", "switch", "opponent", "game", "actions", "layout", "prompt",
-                    "seed", "sampling", "rank", "alpha", "versions"):
-            config[key]
+        for key in SETTINGS:
+            config[key]  # a KeyError where it is missing
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is not a run folder of train.py ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{run} is not a run folder of train.py ({reason})") from None
 
 
-def base_of(run, model):
-    """The settings of another run, which must have the same base model. Raises ValueError."""
+def config_on(model, run):
+    """The settings of a run, which must have this base model. Raises ValueError."""
     config = read_config(run)
     if config["model"] != model:
         raise ValueError(f"{run} was trained on {config['model']}, not on {model}")
     return config
 
 
-def resumed_words(run, argv):
-    """The command line of an interrupted run, from its config.json. Raises ValueError where it cannot be continued."""
-    if any(word.startswith("--") and word.split("=")[0] != "--resume" for word in argv):
-        raise ValueError("it takes all settings from the run: leave the other options out")
-    if (run / "result.json").exists():
-        raise ValueError(f"{run} is finished")
-    words = []
-    for key, value in read_config(run).items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, list) and value:
-            words += [flag, *map(str, value)]
-        elif value is True:
-            words += [flag]
-        elif not (value is None or value is False or value == [] or key == "versions"):
-            words += [f"{flag}={value}"]
-    return words
-
-
 def check_out(out, overwrite):
-    """Raise ValueError unless a run may be written to `out`: it does not exist, or it is a run folder and may be replaced."""
+    """Raise ValueError unless `out` is free, or a run folder that may be replaced."""
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or give --overwrite to replace it")
     if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {LOCK}):
         read_config(out)
 
 
-@contextmanager
-def locked(out):
-    """Make the folder and hold its lock, which ends with the process. Raises OSError where another process holds it."""
-    from filelock import FileLock, Timeout
+def load_value_head(value_head, folder):
+    """Raises OSError or ValueError where the file is missing, damaged or of another width."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise OSError(f"another process is training in {out}") from None
+        value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"cannot read the value head in {folder}: {error}") from None
 
 
-def write_json(path, content):
-    """Written beside and renamed: there is a whole file at any moment, or none."""
+@contextmanager
+def replacing(path):
+    """A path beside `path`, renamed to it at the end of the block: a whole file, or none."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    yield beside
     beside.replace(path)
 
 
-def clear(out):
-    """Of an earlier run take away what train.py wrote, and nothing else."""
-    for path in (out / name for name in WRITTEN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def write_json(path, content):
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def write_state(args, learners, settings, seconds, before, rng, updates):
-    """All that `read_state` needs in one file, written beside and renamed, so that a kill at any moment leaves a whole one."""
-    from safetensors.torch import save_file
+class RunFolder:
+    """A run that is being written.
 
-    tensors, numbers = {}, []
-    for seat, learner in enumerate(learners):
-        found, number = learner.state()
-        tensors.update({f"{seat}.{key}": value.cpu().contiguous() for key, value in found.items()})
-        numbers.append(number)
-    content = {"settings": settings, "updates": updates, "rng": rng.bit_generator.state, "learners": numbers,
-               "before": [table.tolist() for table in before], "seconds": seconds}
-    save_file(tensors, args.out / "state.tmp", metadata={"json": json.dumps(content, allow_nan=False)})
-    (args.out / "state.tmp").replace(args.out / "state.safetensors")
-
-
-def read_state(args, learners, settings):
-    """Put the learners where the state in `args.resume` was and cut metrics.csv in `args.out` to it.
-
-    Returns the rest of the state. Raises ValueError or OSError.
+    path:     the folder;  settings: what config.json holds
+    learners: the ppo.Learners, whose state is saved
     """
-    from safetensors import SafetensorError, safe_open
 
-    path = args.resume / "state.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["json"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        other = sorted(key for key in settings if key != "versions" and state["settings"].get(key) != settings[key])
-        if other:
-            raise ValueError(f"it was saved with {other[0]}={state['settings'].get(other[0])}, config.json has {settings[other[0]]}")
-        for seat, learner in enumerate(learners):
-            own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{seat}.")}
-            learner.load_state(own, state["learners"][seat])
-        rows = (args.resume / "metrics.csv").read_text().splitlines(keepends=True)[:1 + state["updates"]]
-        if len(rows) != 1 + state["updates"]:
-            raise ValueError(f"metrics.csv has fewer than the {state['updates']} rows of the saved state")
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename or path} is not there") from None
-    except (SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot continue from {path}: {error}") from None
-    (args.out / "metrics.tmp").write_text("".join(rows))
-    (args.out / "metrics.tmp").replace(args.out / "metrics.csv")
-    return state
+    def __init__(self, path, settings, learners):
+        self.path, self.settings, self.learners = path, settings, learners
+        self.started, self.earlier_seconds = time.perf_counter(), 0
 
+    @property
+    def seconds(self):
+        """Spent on this run so far, those before an interruption included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
-def save(args, learners, tokenizer, settings, result):
-    """What remains of a finished run; result.json comes last, and then the state is no longer needed."""
-    from lora import merge_adapter, save_adapter
+    @contextmanager
+    def locked(self):
+        """Make the folder and hold its lock, which ends with the process.
 
-    for learner, folder in zip(learners, (args.out, args.out / "opponent")):
-        folder.mkdir(exist_ok=True)
-        save_adapter(learner.policy.model, learner.policy.name, folder)
-        learner.policy.save_value_head(folder)
-        if folder != args.out:  # a folder that evaluate.py reads like any other
-            own_reward, own_phase = {}, {}
-            if args.opponent_reward:
-                own_reward, own_phase = {"reward": args.opponent_reward, "then": [], "switch": []}, {"phase": args.opponent_reward}
-            write_json(folder / "config.json", {**settings, "seat": "opponent", **own_reward})
-            with open(args.out / "metrics.csv") as both, open(folder / "metrics.csv", "w", newline="") as own:
-                rows = list(csv.DictReader(both))
-                writer = csv.DictWriter(own, [name for name in rows[0] if not name.startswith("opponent ")], lineterminator="\n")
+        Raises OSError where another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / LOCK, timeout=0):
+                yield
+        except Timeout:
+            raise OSError(f"another process is training in {self.path}") from None
+
+    def create(self):
+        """Take away what train.py wrote for an earlier run, and nothing else; start anew.
+
+        Returns the state of a run at its start.
+        """
+        for path in (self.path / name for name in WRITTEN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_json(self.path / "config.json", self.settings)
+        (self.path / "metrics.csv").touch()
+        return {}
+
+    def log(self, row):
+        """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header."""
+        shown = {}
+        for key, value in row.items():
+            shown[key] = value if isinstance(value, int | str) else f"{value:.6g}"
+        with open(self.path / "metrics.csv", "a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            file.seek(0, os.SEEK_END)
+            writer = csv.DictWriter(file, header or list(shown), lineterminator="\n")
+            if header is None:
                 writer.writeheader()
-                writer.writerows({name: row.get(f"opponent {name}", row[name]) for name in writer.fieldnames} | own_phase for row in rows)
-    if args.merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
-        merge_adapter(learners[0].policy.model, learners[0].policy.name)
-        learners[0].policy.model.save_pretrained(args.out / "merged")
-        tokenizer.save_pretrained(args.out / "merged")
-    write_json(args.out / "result.json", result)
-    (args.out / "state.safetensors").unlink()
+            writer.writerow(shown)  # a key that the header lacks is an error
+
+    def save_state(self, before, rng, updates):
+        """All that `load_state` needs, in one file.
+
+        before: the players as they were before training;  rng: numpy's;  updates: done so far
+        """
+        from safetensors.torch import save_file
+
+        tensors, numbers = {}, []
+        for i, learner in enumerate(self.learners):
+            own_tensors, own_numbers = learner.state()
+            numbers.append(own_numbers)
+            for key, value in own_tensors.items():
+                tensors[f"{i}.{key}"] = value.cpu().contiguous()
+        content = {
+            "settings": self.settings,
+            "updates": updates,
+            "rng": rng.bit_generator.state,
+            "learners": numbers,
+            "before": [player.tolist() for player in before],
+            "seconds": self.seconds,
+        }
+        with replacing(self.path / "state.safetensors") as beside:
+            save_file(tensors, beside, metadata={"json": json.dumps(content, allow_nan=False)})
+
+    def load_state(self, source):
+        """Put the learners where the state in the folder `source` was, cut metrics.csv to it.
+
+        Returns the rest of the state. Raises ValueError or OSError.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = source / "state.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["json"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.check_settings(state["settings"])
+            for i, learner in enumerate(self.learners):
+                mark = f"{i}."
+                own = {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
+                learner.load_state(own, state["learners"][i])
+            count = state["updates"] + 1 if state["updates"] else 0  # the header is a line, too
+            lines = (source / "metrics.csv").read_text().splitlines(keepends=True)[:count]
+            if len(lines) != count:
+                raise ValueError(f"metrics.csv has fewer than the {count} lines of the saved state")
+        except FileNotFoundError as error:
+            raise ValueError(f"{error.filename or path} is not there") from None
+        except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"cannot continue from {path}: {error}") from None
+        with replacing(self.path / "metrics.csv") as beside:
+            beside.write_text("".join(lines))
+        self.earlier_seconds = state["seconds"]
+        return state
+
+    def check_settings(self, saved):
+        """Raise ValueError where a state was saved with other settings than config.json's."""
+        for key, value in self.settings.items():
+            if key != "versions" and saved.get(key) != value:
+                raise ValueError(
+                    f"it was saved with {key}={saved.get(key)}, config.json has {value}"
+                )
+
+    def finish(self, agents, before, after, merge):
+        """Write what remains of a finished run; then the state is no longer needed.
+
+        agents:        those that learned, the player first
+        before, after: their probabilities [state, order, outcome]
+        merge:         also save a standalone model
+        Returns the seconds that training took.
+        """
+        from safetensors.torch import save_file
+
+        from lora import merge_adapter, save_adapter
+
+        seconds = round(self.seconds, 2)
+        for agent, folder in zip(agents, (self.path, self.path / "opponent")):
+            folder.mkdir(exist_ok=True)
+            save_adapter(agent.model, agent.name, folder)
+            save_file(agent.value_head.state_dict(), folder / "value_head.safetensors")
+            if folder != self.path:  # to be read by evaluate.py like any other
+                write_json(folder / "config.json", {**self.settings, "side": "opponent"})
+        if merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
+            merge_adapter(agents[0].model, agents[0].name)
+            agents[0].model.save_pretrained(self.path / "merged")
+            agents[0].tokenizer.save_pretrained(self.path / "merged")
+        result = {key: self.settings[key] for key in ("reward", "then") if self.settings[key]}
+        result["opponent"] = " ".join(self.settings["opponent"])
+        result |= {"seed": self.settings["seed"], "seconds": seconds}
+        for side, one, other in zip(("", "opponent_"), before, after):
+            for kind, outcome in (("policy", C), ("illegal", ILLEGAL)):
+                result[f"{side}{kind}_before"] = by_state(one, outcome)
+                result[f"{side}{kind}_after"] = by_state(other, outcome)
+        write_json(self.path / "result.json", result)
+        (self.path / "state.safetensors").unlink()
+        return seconds
 
 
-# ----------------------------------------------------------------------------------------------------------- signals and processes
+# --------------------------------------------------------------------------- signals and processes
+
 
 @contextmanager
-def stop_signals(args):
-    """Ctrl-C, or the SIGTERM of a batch system, sets `args.stop`, so that an update is finished first; a second one stops at once."""
-    def stop(*_):
-        if args.stop:
-            raise KeyboardInterrupt
-        args.stop = True
+def stop_signals():
+    """Ctrl-C, or a batch system's SIGTERM, sets the Event, so that an update is finished first.
 
-    args.stop = False
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    A second one stops at once.
+    """
+    stop = threading.Event()
+
+    def handle(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def processes(args):
-    """Choose the device; join the other processes where torchrun has started several.
+def processes(device, out):
+    """Join the other processes where torchrun has started several. Yields the folder to write to.
 
-    All of them do the same, each with its share of the prompts: they play the same games from the same generator. What the
-    others write goes to a temporary folder.
+    All of them do the same, each with its share of the prompts: they play the same games from the
+    same generator. What the others write goes to a temporary folder.
     """
     import torch
     from torch import distributed
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
+        yield out
         return
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one, and is what config.json tells
-    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(seconds=45))
-    with blame("torchrun", RuntimeError, mend="a process has ended; to continue: the same torchrun, with --resume RUN as the only option of train.py"), \
-            tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, \
-            redirect_stdout(nowhere if distributed.get_rank() else sys.stdout):
-        if distributed.get_rank():
-            args.out = Path(folder) / "run"
-        yield
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=45))
+    first = distributed.get_rank() == 0
+    hint = "to continue: the same torchrun, with --resume RUN as the only option of train.py"
+    with (
+        user_error("torchrun", RuntimeError, hint=f"a process has ended; {hint}"),
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(sys.stdout if first else nowhere),
+    ):
+        yield out if first else Path(folder) / "run"
     distributed.destroy_process_group()
