@@ -1,13 +1,13 @@
-"""The pictures of evaluate.py, from its results alone.  [matplotlib, which is needed nowhere else; knows no model]
+"""The pictures of evaluate.py, from its results alone.  [matplotlib, needed nowhere else]
 
     training.png   paper, figure 2: the share of each action while training
     policy.png     P(C) in each state
     regret.png     paper, figure 4: both moral regrets in each game
-    axes.png       regrets with names, layout, wording and persona varied, one at a time (--axes)
-    transfer.png   accuracy of the moral choice where something is new (--transfer)
+    axes.png       regrets with names, layout, wording and persona varied one at a time (--axes)
 
-Okabe & Ito's colours, safe for the colour-blind. The same thing has the same colour in every figure: own C blue, own D orange, illegal grey (pale
-where the opponent's last move was D); the agents have colours of their own, and a hatch where two share a reward.
+Okabe & Ito's colours, safe for the colour-blind. The same thing has the same colour in every
+figure: own C blue, own D orange, illegal grey (pale where the opponent's last move was D); agents
+have colours of their own, and a hatch where two share a reward.
 """
 
 import csv
@@ -16,114 +16,199 @@ from pathlib import Path
 import numpy as np
 
 from envs import STATES
+from runs import user_error
 
-FIGURES = ("training.png", "policy.png", "regret.png")  # whatever was asked for
-ACTION_COLOURS = {"C|C": "#0072B2", "C|D": "#9BD0F0", "D|C": "#D55E00", "D|D": "#F2B88C", "illegal|C": "#666666", "illegal|D": "#C8C8C8"}
-AGENT_COLOURS = {"untuned": "#FFFFFF", "game": "#F0E442", "deontological": "#CC79A7", "utilitarian": "#009E73",
-                 "game+deontological": "#5B3A8E"}
+FIGURES = ("training.png", "policy.png", "regret.png", "axes.png")
+ACTION_COLOURS = {
+    "C|C": "#0072B2",
+    "C|D": "#9BD0F0",
+    "D|C": "#D55E00",
+    "D|D": "#F2B88C",
+    "illegal|C": "#666666",
+    "illegal|D": "#C8C8C8",
+}
+AGENT_COLOURS = {
+    "untuned": "#FFFFFF",
+    "game": "#F0E442",
+    "deontological": "#CC79A7",
+    "utilitarian": "#009E73",
+    "game+deontological": "#5B3A8E",
+}
 HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
+NORMS = ("deontological", "utilitarian")
 
 
-def transfer_rows(agents):
-    """For each reward that an agent was trained for, the untuned model and then these agents: list of (name, {what is new: leaf})."""
-    rows = []
-    for reward in dict.fromkeys(one["reward"] for one in agents[1:]):
-        rows.append((f"untuned, by the {reward} reward", agents[0]["transfer"][reward]))
-        rows += [(one["name"], one["transfer"][reward]) for one in agents[1:] if one["reward"] == reward]
-    return rows
-
-
-def draw(results, folder):
-    """Draw everything that `results` (evaluate.py's, see there) has into `folder`. Raises OSError where that cannot be written."""
+def pyplot():
+    """matplotlib.pyplot with the project's style, for pictures in files."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
-    agents = results["groups"]
+
+    plt.rcParams.update({"font.size": 11, "figure.dpi": 110})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def check_matplotlib(option):
+    """Refuse an option that needs matplotlib where it is not installed."""
+    with user_error(option, ImportError, hint="pip install -r tests/requirements.txt"):
+        import matplotlib  # noqa: F401
+
+
+def save(figure, path):
+    figure.savefig(path, bbox_inches="tight")
+    pyplot().close(figure)
+
+
+def plot_all(results, folder):
+    """Plot all that `results` (evaluate.py's, see there) has into `folder`.
+
+    Raises OSError where that cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-
-    def finish(figure, name):
-        figure.savefig(folder / name, bbox_inches="tight")
-        plt.close(figure)
-
-    finish(training(plt, results), "training.png")
-
-    games = list(agents[0]["games"])
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
-    for ax, norm, unit in zip(axes, ("deontological", "utilitarian"), (f"points per round, xi = {results['xi']:g}", "0 best, 1 worst")):
-        legend = bars(ax, agents, games, lambda one, game: one["games"][game]["regret"][norm])
-        ax.set_ylabel(f"{norm} regret\n({unit})")
-    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False)
-    finish(figure, "regret.png")
-
-    figure, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
-    legend = bars(ax, agents, STATES, lambda one, state: one["games"][games[0]]["policy"][state])
-    ax.set(ylim=(0, 1), ylabel="P(C)", xlabel=f"own and their last move, {games[0]}, actions {' '.join(results['actions'])}")
-    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False)
-    finish(figure, "policy.png")
-
-    if "axes" in agents[0]:
-        lines = [(axis, value) for axis, values in agents[0]["axes"].items() for value in values]
-        figure, axes = plt.subplots(1, 2, figsize=(4 + 1.4 * len(agents), 9), sharey=True, layout="constrained")
-        for ax, norm in zip(axes, ("deontological", "utilitarian")):
-            heat_map(ax, [[one["axes"][axis][value]["regret"][norm]["mean"] for one in agents] for axis, value in lines], best=0)
-            ax.set_xticks(range(len(agents)), [one["name"] for one in agents], rotation=40, ha="right")
-            ax.set_title(f"{norm} regret (yellow: little)")
-        axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
-        finish(figure, "axes.png")
-
-    if "transfer" in agents[0]:
-        rows = transfer_rows(agents)
-        new = list(rows[0][1])
-        longest = max(len(name) for name, _ in rows)
-        figure, ax = plt.subplots(figsize=(1 + 0.1 * longest + 0.8 * len(new), 1.6 + 0.36 * len(rows)), layout="constrained")
-        heat_map(ax, [[leaves[title]["mean"] for title in new] for _, leaves in rows], best=1)
-        ax.set_xticks(range(len(new)), new, rotation=40, ha="right")
-        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-        ax.set(xlabel="what is new at test", title="probability of the action that the reward asks for")
-        finish(figure, "transfer.png")
+    save(plot_training(results), folder / "training.png")
+    save(plot_policy(results), folder / "policy.png")
+    save(plot_regret(results), folder / "regret.png")
+    if "axes" in results["baseline"]:
+        save(plot_axes(results), folder / "axes.png")
 
 
-def training(plt, results):
-    """Stacked shares of the actions over the episodes of training, summed over seeds, a panel per group; dashed: the reward is switched."""
-    agents = results["groups"][1:]
-    rows, columns = -(-len(agents) // 2), min(2, len(agents))
-    figure = plt.figure(figsize=(4.6 * columns + 1.6, 2.6 * rows), layout="constrained")
-    for i, one in enumerate(agents):
-        logs = [list(csv.DictReader((Path(results["runs"][run]["run"]) / "metrics.csv").read_text().splitlines())) for run in one["runs"]]
+def plot_training(results):
+    """Stacked shares of the actions over the episodes of training, summed over seeds.
+
+    A panel per group; dashed: the reward is switched.
+    """
+    groups = results["groups"][1:]
+    rows, columns = -(-len(groups) // 2), min(2, len(groups))
+    figure = pyplot().figure(figsize=(4.6 * columns + 1.6, 2.6 * rows), layout="constrained")
+    for i, group in enumerate(groups):
+        logs = [read_metrics(Path(results["runs"][run]["run"])) for run in group["runs"]]
         updates = min(map(len, logs))
-        counts = np.array([[[float(line[kind]) for kind in ACTION_COLOURS] for line in log[:updates]] for log in logs]).sum(axis=0)
+        counts = np.zeros((updates, len(ACTION_COLOURS)))
+        for log in logs:
+            for j, kind in enumerate(ACTION_COLOURS):
+                counts[:, j] += [float(row[kind]) for row in log[:updates]]
+        episodes = [int(row["episodes"]) for row in logs[0][:updates]]
+        phases = [row["phase"] for row in logs[0][:updates]]
+        shares = counts / counts.sum(axis=1, keepdims=True)
         ax = figure.add_subplot(rows, columns, i + 1)
-        ax.stackplot([int(line["episodes"]) for line in logs[0][:updates]], (counts / counts.sum(axis=1, keepdims=True)).T,
-                     colors=ACTION_COLOURS.values(), labels=ACTION_COLOURS)
-        for line, following in zip(logs[0], logs[0][1:updates]):
-            if line["phase"] != following["phase"]:
-                ax.axvline(int(line["episodes"]), color="black", linestyle="--", linewidth=1.5)
-        ax.set(title=one["name"], xlabel="training episodes", ylabel="share of actions", ylim=(0, 1), xmargin=0)
+        colours = ACTION_COLOURS.values()
+        ax.stackplot(episodes, shares.T, colors=colours, labels=ACTION_COLOURS)
+        for update in range(1, updates):
+            if phases[update] != phases[update - 1]:
+                ax.axvline(episodes[update - 1], color="black", linestyle="--", linewidth=1.5)
+        ax.set(title=group["name"], xlabel="training episodes", ylabel="share of actions")
+        ax.set(ylim=(0, 1), xmargin=0)
         ax.locator_params(axis="x", nbins=5)
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", title="own action |\ntheir last", frameon=False)
+    title = "own action |\ntheir last"
+    place = {"loc": "outside right center", "frameon": False}
+    figure.legend(handles[::-1], labels[::-1], title=title, **place)
     return figure
 
 
-def bars(ax, agents, ticks, leaves):
-    """Grouped bars: `leaves(agent, tick)` gives a mean with its interval. Returns the legend's handles and labels."""
-    width = 0.85 / len(agents)
-    for i, one in enumerate(agents):
-        found = [leaves(one, tick) for tick in ticks]
-        hatch = HATCHES[sum(other["reward"] == one["reward"] for other in agents[:i]) % len(HATCHES)]
-        ax.bar(np.arange(len(ticks)) + (i - (len(agents) - 1) / 2) * width, [leaf["mean"] for leaf in found], width,
-               yerr=[leaf["ci95"] or 0 for leaf in found] if one["n"] > 1 else None, capsize=2, hatch=hatch, edgecolor="black",
-               linewidth=0.6, color=AGENT_COLOURS.get(one["reward"], "#999999"), label=one["name"], clip_on=False)
+def read_metrics(run):
+    """The rows of a run's metrics.csv as dicts of strings.
+
+    The folder of a learning opponent has none; its columns stand in that of the run.
+    """
+    own = (run / "metrics.csv").exists()
+    path = run / "metrics.csv" if own else run.parent / "metrics.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    if own:
+        return rows
+    mark = "opponent "
+    return [row | {k.removeprefix(mark): row[k] for k in row if k.startswith(mark)} for row in rows]
+
+
+def plot_regret(results):
+    groups = results["groups"]
+    games = list(groups[0]["games"])
+    layout = {"sharex": True, "layout": "constrained"}
+    figure, axes = pyplot().subplots(2, 1, figsize=(9, 6), **layout)
+    units = (f"points per round, xi = {results['xi']:g}", "0 best, 1 worst")
+    for ax, norm, unit in zip(axes, NORMS, units):
+        bars = {g["name"]: [g["games"][game]["regret"][norm] for game in games] for g in groups}
+        plot_bars(ax, groups, games, bars)
+        ax.set_ylabel(f"{norm} regret\n({unit})")
+    add_legend(figure, ax)
+    return figure
+
+
+def plot_policy(results):
+    groups = results["groups"]
+    game = next(iter(groups[0]["games"]))
+    figure, ax = pyplot().subplots(figsize=(9, 3.8), layout="constrained")
+    bars = {}
+    for group in groups:
+        policy = group["games"][game]["policy"]
+        bars[group["name"]] = [policy[state] for state in STATES]
+    plot_bars(ax, groups, STATES, bars)
+    names = " ".join(results["actions"])
+    ax.set(ylim=(0, 1), ylabel="P(C)", xlabel=f"own and their last move, {game}, actions {names}")
+    add_legend(figure, ax)
+    return figure
+
+
+def plot_bars(ax, groups, ticks, bars):
+    """Grouped bars: `bars[name of the group]` is a mean with its interval for each tick."""
+    width = 0.85 / len(groups)
+    for i, group in enumerate(groups):
+        leaves = bars[group["name"]]
+        place = np.arange(len(ticks)) + (i - (len(groups) - 1) / 2) * width
+        same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
+        ax.bar(
+            place,
+            [leaf["mean"] for leaf in leaves],
+            width,
+            yerr=[leaf["ci95"] or 0 for leaf in leaves] if group["n"] > 1 else None,
+            capsize=2,
+            hatch=HATCHES[same_reward % len(HATCHES)],
+            edgecolor="black",
+            linewidth=0.6,
+            color=AGENT_COLOURS.get(group["reward"], "#999999"),
+            label=group["name"],
+            clip_on=False,
+        )
     ax.set_xticks(np.arange(len(ticks)), [tick.replace("-", "-\n") for tick in ticks])
-    return ax.get_legend_handles_labels()
 
 
-def heat_map(ax, values, best):
-    """A grid of numbers [row, column], yellow where they are near `best`, the least (0) or the largest (1) possible; None: left empty."""
-    values = np.array(values, dtype=float)
-    top = max(1, np.nanmax(values))
-    ax.imshow(values, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=10,
-                color="white" if abs(value - best) > top / 2 else "black")
+def add_legend(figure, ax):
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+
+
+def plot_axes(results):
+    """Both regrets as heat maps: a row per thing that is varied, a column per group."""
+    groups = results["groups"]
+    lines = []
+    for axis, values in groups[0]["axes"].items():
+        lines += [(axis, value) for value in values]
+    layout = {"sharey": True, "layout": "constrained"}
+    figure, axes = pyplot().subplots(1, 2, figsize=(4 + 1.4 * len(groups), 9), **layout)
+    for ax, norm in zip(axes, NORMS):
+        grid = np.zeros((len(lines), len(groups)))
+        for (i, j), _ in np.ndenumerate(grid):
+            axis, value = lines[i]
+            grid[i, j] = groups[j]["axes"][axis][value]["regret"][norm]["mean"]
+        plot_heat_map(ax, grid, best=0)
+        names = [group["name"] for group in groups]
+        ax.set_xticks(range(len(groups)), names, rotation=40, ha="right")
+        ax.set_title(f"{norm} regret (yellow: little)")
+    axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
+    return figure
+
+
+def plot_heat_map(ax, grid, best):
+    """A grid of numbers [row, column], yellow where they are near `best`; NaN: left empty.
+
+    best: the least number (0) or the largest one (1) that is possible
+    """
+    top = max(1, np.nanmax(grid))
+    ax.imshow(grid, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            colour = "white" if abs(value - best) > top / 2 else "black"
+            place = {"ha": "center", "va": "center", "fontsize": 10}
+            ax.text(column, row, f"{value:.2f}", color=colour, **place)

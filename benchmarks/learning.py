@@ -1,17 +1,22 @@
-"""Does it learn what can be worked out by hand? Every reward, opponent and seed with the default settings, on the embedded model.
+"""Does it learn what can be worked out by hand? Each reward, opponent and seed, default settings.
 
-    python benchmarks/learning.py                 # 40 runs against fixed opponents, 20 of two learners, 10 that unlearn, 12 with free sampling, 2
-                                                  # for the shadow of the future
-    python benchmarks/learning.py --seeds 1       # a quick look
+    python benchmarks/learning.py             # 40 runs against fixed opponents, 20 of two learners,
+                                              # 10 that unlearn, 12 with free sampling, 2 for the
+                                              # shadow of the future
+    python benchmarks/learning.py --seeds 1   # a quick look
 
-Prints one line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of two learners both policies; where a
-second reward follows the first, the largest P(C) at the switch); then the number of misses. An entry that
-the reward decides must be within 0.05 of its 0 or 1; `*` marks the entries it leaves open. Two runs at a time, one thread each.
+Prints a line per run of the embedded model: P(C | CC CD DC DD) after training, P(illegal) before
+and after, seconds (of two learners both policies; where a second reward follows the first, the
+largest P(C) at the switch); then the number of misses. An entry that the reward decides must be
+within 0.05 of its 0 or 1; `*` marks the entries it leaves open.
+
+Two runs at a time, one thread each.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,39 +25,96 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIMA = {"game": "0000", "utilitarian": "1111", "deontological": "1*1*", "game+deontological": "1010"}
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from envs import STATES, payoff_matrix
+from rewards import REWARDS, optimum
+
+BEST = {reward: optimum(reward, payoff_matrix("ipd")) for reward in REWARDS}
+# With a long shadow of the future (--gamma) it pays to go on cooperating; the rest is open here.
+BEST_OF_THE_FUTURE = np.array([1, math.nan, math.nan, math.nan])
 
 
-def measure(out, reward, optimum, *options):
-    """One run of train.py in a process of its own; prints its line and returns whether it met the optimum."""
-    subprocess.run([sys.executable, ROOT / "train.py", "--reward", reward, "--out", out, *map(str, options)], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+def measure(out, reward, best, *options):
+    """One run of train.py in a process of its own: prints its line, returns whether it is right.
+
+    best: P(C | state) as it should be, [state]; NaN: open
+    """
+    words = [str(option) for option in options]
+    subprocess.run(
+        [sys.executable, ROOT / "train.py", "--reward", reward, "--out", out, *words],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     result = json.loads((out / "result.json").read_text())
-    policies = [list(result[key].values()) for key in ("policy_after", "opponent_policy_after") if key in result]
-    before, after = (max(result[key].values()) for key in ("illegal_before", "illegal_after"))
-    met = after <= 0.02 and all(best == "*" or abs(p - int(best)) <= 0.05 for policy in policies for p, best in zip(policy, optimum))
+    policies = [list(result["policy_after"].values())]
+    if "opponent_policy_after" in result:
+        policies.append(list(result["opponent_policy_after"].values()))
+    before = max(result["illegal_before"].values())
+    after = max(result["illegal_after"].values())
+    decided = ~np.isnan(best)
+    errors = np.abs(np.array(policies) - best)[:, decided]
+    right = after <= 0.02 and errors.max() <= 0.05
     switch = ""
-    if "then" in result:  # a second phase: the first must have ended in defection
-        rows = list(csv.DictReader(open(out / "metrics.csv")))
-        at_switch = next(max(float(row[f"P(C|{state})"]) for state in result["policy_after"]) for row in rows if row["phase"] != reward)
-        met, switch = met and at_switch <= 0.05, f"  at the switch {at_switch:.3f}"
-    shown = "  ".join(" ".join(f"{p:.3f}" for p in policy) for policy in policies)
-    print(f"{reward:20}{' '.join(map(str, options)):52}{shown}  {optimum}{switch}  illegal {before:.2f} -> {after:.3f}  "
-          f"{result['seconds']:5.1f} s  {'ok' if met else 'MISS'}", flush=True)
-    return met
+    if "then" in result:  # the first phase must have ended in defection
+        at_switch = cooperation_at_switch(out, reward)
+        right = right and at_switch <= 0.05
+        switch = f"  at the switch {at_switch:.3f}"
+
+    marks = ["*" if math.isnan(p) else f"{p:.0f}" for p in best]
+    shown = []
+    for policy in policies:
+        shown.append(" ".join(f"{p:.3f}" for p in policy))
+    verdict = "ok" if right else "MISS"
+    print(
+        f"{reward:20}{' '.join(words):52}{'  '.join(shown)}  {''.join(marks)}{switch}  "
+        f"illegal {before:.2f} -> {after:.3f}  {result['seconds']:5.1f} s  {verdict}",
+        flush=True,
+    )
+    return right
+
+
+def cooperation_at_switch(out, reward):
+    """The largest P(C | state) when the second phase starts."""
+    with open(out / "metrics.csv") as file:
+        for row in csv.DictReader(file):
+            if row["phase"] != reward:
+                return max(float(row[f"P(C|{state})"]) for state in STATES)
+
+
+def list_jobs(seeds):
+    """(reward, best, options of train.py) of each run."""
+    jobs = []
+    for opponent in ("tit-for-tat", "random", "learner"):
+        for reward in REWARDS:
+            for seed in seeds:
+                jobs.append((reward, BEST[reward], "--opponent", opponent, "--seed", seed))
+    for moral in ("utilitarian", "deontological"):
+        for seed in seeds:
+            jobs.append(("game", BEST[moral], "--then", moral, "--seed", seed))
+    for reward in REWARDS:
+        for seed in seeds[:3]:
+            jobs.append((reward, BEST[reward], "--sampling", "free", "--seed", seed))
+    jobs.append(("game", BEST_OF_THE_FUTURE, "--gamma", 0.9))
+    jobs.append(("game", BEST["game"], "--gamma", 0.0))
+    return jobs
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (free sampling: at most 3)")
-    seeds = range(1, parser.parse_args().seeds + 1)
-    jobs = [(reward, OPTIMA[reward], "--opponent", opponent, "--seed", seed)
-            for opponent in ("tit-for-tat", "random", "learner") for reward in OPTIMA for seed in seeds]
-    jobs += [("game", OPTIMA[moral], "--then", moral, "--seed", seed) for moral in ("utilitarian", "deontological") for seed in seeds]
-    jobs += [(reward, OPTIMA[reward], "--sampling", "free", "--seed", seed) for reward in OPTIMA for seed in seeds[:3]]
-    jobs += [("game", "1***", "--gamma", 0.9), ("game", "0000", "--gamma", 0.0)]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    seeds = "runs of each kind (free sampling: at most 3)"
+    parser.add_argument("--seeds", type=int, default=5, help=seeds)
+    jobs = list_jobs(range(1, parser.parse_args().seeds + 1))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        misses = list(pool.map(lambda i: measure(Path(folder) / str(i), *jobs[i]), range(len(jobs)))).count(False)
+        running = []
+        for i, job in enumerate(jobs):
+            running.append(pool.submit(measure, Path(folder) / str(i), *job))
+        misses = sum(not run.result() for run in running)
     print(f"{len(jobs)} runs, {misses} misses")
     sys.exit(misses > 0)
 

@@ -1,0 +1,86 @@
+"""The paper's grid: six kinds of training, a fixed and a learning opponent, five seeds.
+
+    python studies/paper.py                                 # the embedded model: 23 minutes
+    python studies/paper.py --model google/gemma-2-2b-it    # any other model: a GPU (not run here)
+
+Free sampling. Runs go to results/MODEL/runs; what is finished is skipped and what was interrupted
+is resumed, so the command may be stopped and given again. The evaluation (random opponent, names
+never shown in training, all five games) goes to results/MODEL/*.json, *.txt, *.md and
+results/MODEL/figures.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from grid import ROOT, grid_parser, markdown, run_script, train_all
+
+from figures import check_matplotlib
+from options import number
+
+KINDS = {  # paper, sections 5.1 to 5.3
+    "game": ["game"],
+    "deontological": ["deontological"],
+    "utilitarian": ["utilitarian"],
+    "game+deontological": ["game+deontological"],
+    "game-then-deontological": ["game", "--then", "deontological"],
+    "game-then-utilitarian": ["game", "--then", "utilitarian"],
+}
+OPPONENTS = ("tit-for-tat", "learner")
+
+
+def main():
+    parser = grid_parser("paper.py", __doc__, "results/MODEL")
+    help = "'tiny' (embedded), a folder, or a name on the hub [tiny]"
+    parser.add_argument("--model", default="tiny", help=help)
+    help = "runs at a time [the embedded model: one per core, else 1]"
+    parser.add_argument("--jobs", type=number(int, 1, 1000), help=help)
+    args = parser.parse_args()
+    check_matplotlib("--results")
+    embedded = args.model == "tiny"
+    folder = args.results or ROOT / "results" / Path(args.model).name
+    grid = list(runs(args.model, args.seeds, folder / "runs"))
+    jobs = args.jobs or (os.cpu_count() if embedded else 1)
+    train_all(grid, jobs, threads=1 if embedded else None)
+    for opponent in OPPONENTS:
+        outs = []
+        for kind in KINDS:
+            outs += [out for out, _ in grid if out.name.startswith(f"{kind}-vs-{opponent}-")]
+        report(outs, folder, f"new-names-vs-{opponent}", "--axes")
+        constrained = ["--sampling", "constrained"]
+        report(outs, folder, f"new-names-constrained-vs-{opponent}", *constrained)
+        names = ["--actions", "action1", "action2"]
+        report(outs, folder, f"training-names-vs-{opponent}", *names)
+    print(f"Tables and figures are in {folder}")
+
+
+def runs(model, seeds, folder):
+    """(run folder, options of train.py) of every run, one seed after the other."""
+    for seed in range(1, seeds + 1):
+        for opponent in OPPONENTS:
+            for kind, rewards in KINDS.items():
+                options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
+                options += ["--sampling", "free", "--model", model]
+                if opponent == "learner" and model != "tiny":
+                    options += ["--rounds", "3"]  # the paper's, to save memory
+                yield folder / f"{kind}-vs-{opponent}-seed{seed}", options
+
+
+def report(outs, folder, name, *options):
+    """evaluate.py on several runs: its JSON, figures, tables as text, and regrets in markdown."""
+    path = folder / f"{name}.json"
+    options = [*options, "--json", path, "--plot", folder / "figures" / name, "--overwrite"]
+    (folder / f"{name}.txt").write_text(run_script("evaluate.py", *outs, *options))
+    groups = json.loads(path.read_text())["groups"]
+    tables = []
+    for norm in ("deontological", "utilitarian"):
+        rows = []
+        for group in groups:
+            regrets = [measures["regret"][norm] for measures in group["games"].values()]
+            rows.append([group["label"], *regrets])
+        tables.append(markdown([f"{norm} regret", *groups[0]["games"]], rows))
+    (folder / f"{name}.md").write_text("\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
