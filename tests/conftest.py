@@ -1,37 +1,82 @@
-"""Shared by the tests: the project root on the path, and small random models of the real architectures."""
+"""Shared by the tests: small random models and their oracle, runs and processes, bad input."""
 
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # a hub name must fail at once here, not after the retries of a machine without a network
+# A hub name must fail at once here, not after the retries of a machine without a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests run in two processes: one thread each, also in the processes that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import csv
+import json
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config,
-                          Qwen3Config)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+import train
+from envs import as_player
+from lora import adapter, adapter_parameters, add_adapter
+from models import encode
+from policy import Policy
+from prompts import build_prompts
+
+torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+FULL = {**GROUPED, "head_dim": 8}
+GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 CONFIGS = {
-    "gemma2": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=8),
-    "gemma2-window": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=8, sliding_window=7),
-    "gemma3": lambda: Gemma3TextConfig(**SMALL, query_pre_attn_scalar=8, sliding_window=7),
-    "llama": lambda: LlamaConfig(**SMALL),
-    "qwen2": lambda: Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
-    "qwen3": lambda: Qwen3Config(**SMALL),
-    "mistral": lambda: MistralConfig(**SMALL, sliding_window=7),
-    "gpt2": lambda: GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=512),
-    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads")}),
+    "gemma2": lambda: Gemma2Config(**FULL, query_pre_attn_scalar=8),
+    "gemma2-window": lambda: Gemma2Config(**FULL, query_pre_attn_scalar=8, sliding_window=7),
+    "gemma3": lambda: Gemma3TextConfig(**FULL, query_pre_attn_scalar=8, sliding_window=7),
+    "llama": lambda: LlamaConfig(**FULL),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**FULL),
+    "mistral": lambda: MistralConfig(**FULL, sliding_window=7),
+    "gpt2": lambda: GPT2Config(**GPT2),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
 }
 
 
 def random_model(kind, seed=0):
-    """A small model of a real architecture; weights large enough that its answers differ, unlike a fresh initialisation's."""
+    """A small model of a real architecture.
+
+    Its weights are large enough that its answers differ, unlike those of a fresh initialisation.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[kind]()
     attention = "eager" if kind.startswith("gemma2") else "sdpa"
@@ -46,14 +91,164 @@ def random_model(kind, seed=0):
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer) of the embedded model, never adapted: do not add an adapter to it."""
-    return (AutoModelForCausalLM.from_pretrained(ROOT / "tiny", attn_implementation="sdpa").eval(),
-            AutoTokenizer.from_pretrained(ROOT / "tiny"))
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny", attn_implementation="sdpa")
+    return model.eval(), AutoTokenizer.from_pretrained(ROOT / "tiny")
+
+
+def adapted_model(kind, rank, alpha):
+    """A random model with an adapter "player" whose B is not zero."""
+    model = random_model(kind)
+    add_adapter(model, "player", rank, alpha)
+    torch.manual_seed(1)
+    for parameter in adapter_parameters(model, "player")[1::2]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def player_of(model, tokenizer, condition, free=False, name=None, second_player=False):
+    """What a model with adapter `name` plays in a Condition: [state, order, outcome]."""
+    texts = build_prompts(condition, second_player)
+    prompts, answers = encode(tokenizer, texts, condition.names)
+    return as_player(Policy(model, name, prompts, answers, free).probabilities())
+
+
+# --------------------------------------------------------------------------- policies, their oracle
+
+
+def shared_prefix_texts():
+    """Six prompts that branch early and late, and three answers, two with the same first token.
+
+    Token ids; of several lengths.
+    """
+    rng = np.random.default_rng(0)
+    stem = rng.integers(3, 300, size=12).tolist()
+    texts = [stem[: 4 + 2 * i] + rng.integers(3, 300, size=5 + i).tolist() for i in range(3)]
+    texts += [text[:-2] + rng.integers(3, 300, size=4).tolist() for text in texts]
+    return texts, [[5, 6], [5, 7, 9], [8]]
+
+
+def adapted_policy(kind, free=False, nodes=None):
+    """The Policy of an adapted model on `shared_prefix_texts`, its value head not zero."""
+    policy = Policy(adapted_model(kind, 4, 8), "player", *shared_prefix_texts(), free, nodes)
+    torch.nn.init.normal_(policy.value_head.weight, std=0.3)
+    torch.nn.init.normal_(policy.value_head.bias, std=0.3)
+    return policy
+
+
+def plain_passes(policy, texts, answers, reference=False):
+    """What a policy must say, from one plain forward pass per prompt and one per answer.
+
+    Returns log-probabilities [P, K] and values [P], with their graph.
+    """
+    model = policy.model
+    log_probs, values = [], []
+    with adapter(model, None if reference else policy.name):
+        for text in texts:
+            row = []
+            for answer in answers:
+                logits = model(torch.tensor([text + answer])).logits[0]
+                log_prob = 0
+                for n, token in enumerate(answer):
+                    scores = logits[len(text) + n - 1]
+                    shared = scores
+                    if not policy.free:
+                        rivals = [other for other in answers if other[:n] == answer[:n]]
+                        shared = scores[sorted({other[n] for other in rivals})]
+                    log_prob = log_prob + scores[token] - torch.logsumexp(shared, 0)
+                row.append(log_prob)
+            if policy.free:
+                row.append(torch.log1p(-torch.stack(row).exp().sum()))
+            log_probs.append(torch.stack(row))
+            hidden = model.base_model(torch.tensor([text])).last_hidden_state[0, -1]
+            values.append(hidden @ policy.value_head.weight[0] + policy.value_head.bias[0])
+    return torch.stack(log_probs), torch.stack(values)
+
+
+# ------------------------------------------------------------------------------ runs and processes
+
+
+def run_training(out, *options):
+    """A run in this process; its result.json."""
+    train.main(["--out", str(out), *options])
+    return read_json(out / "result.json")
+
+
+def read_metrics(run):
+    """The rows of metrics.csv: list of dict of str."""
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start_training(*options, processes=None):
+    """train.py in a process of its own, or by torchrun in so many `processes`."""
+    command = [sys.executable]
+    if processes:  # --standalone: on a port that is free
+        command += "-m torch.distributed.run --standalone --local-addr 127.0.0.1".split()
+        command += ["--nproc-per-node", str(processes)]
+    command += ["train.py", *options]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+def wait_for(path, process):
+    """Until the process has written this file."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @contextmanager
 def refused(capsys, *words):
-    """What is done in this block ends with code 2 and one line on stderr, the progress bar apart, that has all `words` in it."""
+    """What is done in this block ends with code 2 and one line on stderr that has all `words`.
+
+    The progress bar does not count.
+    """
     with pytest.raises(SystemExit) as stop:
         yield
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "%|" not in line and line.strip()]
-    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+    written = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in written if "%|" not in line and line.strip()]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def change_json(path, **changes):
+    """Give the object in a JSON file other values."""
+    path.write_text(json.dumps({**read_json(path), **changes}))
+
+
+def copy_run(run, folder, **settings):
+    """A run folder, copied, with other settings in its config.json. Returns the copy."""
+    shutil.copytree(run, folder)
+    change_json(folder / "config.json", **settings)
+    return folder
+
+
+def cut_file(path, size):
+    """Leave the first `size` bytes of a file."""
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def narrow_matrices(path):
+    """Take the last column of every matrix in a safetensors file away."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for key, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensors[key] = tensor[:, :-1].contiguous()
+    save_file(tensors, path, metadata=metadata)
+
+
+def damaged_model(folder, change):
+    """The embedded model, copied to `folder`, after change(folder). Returns the folder as a str."""
+    shutil.copytree(ROOT / "tiny", folder, ignore=shutil.ignore_patterns("*.py", "*.md", "__*"))
+    change(folder)
+    return str(folder)

@@ -1,27 +1,26 @@
 """The hand-written LoRA against PEFT, in both directions, and what an adapter must never touch."""
 
-import json
+from functools import partial
 
 import pytest
 import torch
+from conftest import adapted_model, change_json, cut_file, narrow_matrices, random_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 
-from conftest import random_model
-from lora import (LoRALinear, adapter, adapter_parameters, add_adapter, load_adapter, lora_layers, merge_adapter, save_adapter)
+from lora import (
+    LoRALinear,
+    adapter,
+    adapter_parameters,
+    add_adapter,
+    load_adapter,
+    lora_layers,
+    merge_adapter,
+    save_adapter,
+)
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 KINDS = ("gemma2", "llama", "qwen2", "gpt2", "gpt_neox")
-
-
-def adapted(kind, rank=4, alpha=6):
-    """A model with one adapter whose B is not zero."""
-    model = random_model(kind)
-    add_adapter(model, "player", rank, alpha)
-    torch.manual_seed(1)
-    for parameter in adapter_parameters(model, "player")[1::2]:
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+adapted = partial(adapted_model, rank=4, alpha=6)
 
 
 @torch.no_grad()
@@ -44,11 +43,21 @@ def test_saved_here_loads_in_peft(kind, tmp_path):
     assert (adapted_logits(model) - logits(theirs)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, targets", [("gemma2", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])])
+@pytest.mark.parametrize(
+    "kind, targets",
+    [("gemma2", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])],
+)
 def test_trained_by_peft_loads_here(kind, targets, tmp_path):
-    theirs = get_peft_model(random_model(kind), LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"))
-    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=kind == "gpt2",
+    )
+    theirs = get_peft_model(random_model(kind), config)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
         theirs(IDS, labels=IDS).loss.backward()
@@ -73,10 +82,11 @@ def test_a_new_adapter_and_none_are_the_base_model(kind):
 def test_all_linear_layers_but_the_head():
     model = adapted("llama")
     wrapped = {name.rpartition(".")[2] for name in lora_layers(model)}
-    assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    attention, mlp = "q_proj k_proj v_proj o_proj".split(), "gate_proj up_proj down_proj".split()
+    assert wrapped == {*attention, *mlp}
     assert len(lora_layers(model)) == 7 * 2 and not isinstance(model.lm_head, LoRALinear)
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in adapter_parameters(model, "player")}
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trainable == set(map(id, adapter_parameters(model, "player")))
 
 
 def test_gradients_stay_in_the_active_adapter():
@@ -84,9 +94,10 @@ def test_gradients_stay_in_the_active_adapter():
     add_adapter(model, "other", 2, 2)
     with adapter(model, "player"):
         model(IDS).logits.sum().backward()
-    assert all(p.grad is not None for p in adapter_parameters(model, "player"))
-    assert all(p.grad is None for p in adapter_parameters(model, "other"))
-    assert not any(p.grad is not None for name, p in model.named_parameters() if "base" in name)
+    assert all(parameter.grad is not None for parameter in adapter_parameters(model, "player"))
+    assert all(parameter.grad is None for parameter in adapter_parameters(model, "other"))
+    for name, parameter in model.named_parameters():
+        assert "base" not in name or parameter.grad is None
 
 
 def test_two_adapters_are_independent():
@@ -101,14 +112,16 @@ def test_two_adapters_are_independent():
 def test_kaiming_uniform_a():
     model = random_model("llama")
     add_adapter(model, "player", 16, 16)
-    a = adapter_parameters(model, "player")[0].detach()           # [16, 32]: uniform within 1 / sqrt(32)
-    assert a.abs().max() <= 32**-0.5 and a.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.1)
+    a = adapter_parameters(model, "player")[0].detach()  # [16, 32]
+    bound = 32**-0.5
+    assert a.abs().max() <= bound and a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def test_bfloat16_base_keeps_float32_adapters():
     model = random_model("llama").to(torch.bfloat16)
     add_adapter(model, "player", 4, 8)
-    assert all(p.dtype == torch.float32 for p in adapter_parameters(model, "player"))
+    parameters = adapter_parameters(model, "player")
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
     assert adapted_logits(model).dtype == torch.bfloat16
 
 
@@ -117,34 +130,27 @@ def test_merged_model_is_plain(kind, tmp_path):
     model = adapted(kind)
     expected = adapted_logits(model)
     merge_adapter(model, "player")
+    assert not lora_layers(model)
     model.save_pretrained(tmp_path)
-    plain = type(model).from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
-    assert not lora_layers(model) and (logits(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
+    attention = model.config._attn_implementation
+    plain = type(model).from_pretrained(tmp_path, attn_implementation=attention)
+    assert (logits(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def damage_truncate(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:200])
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def damage_config(**changes):
-    def change(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return change
-
-
-def damage_shape(folder):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = sorted(tensors)[0]
-    save_file({**tensors, key: tensors[key][:, :-1].contiguous()}, folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("damage, message", [
-    (damage_truncate, "cannot read the adapter"), (damage_config(use_dora=True), "not plain LoRA"),
-    (damage_config(peft_type="IA3"), "not plain LoRA"), (damage_config(r=3), "for another model"),
-    (damage_shape, "for another model"), (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot read the adapter"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: cut_file(run / WEIGHTS, 200), "cannot read the adapter"),
+        (lambda run: narrow_matrices(run / WEIGHTS), "for another model"),
+        (lambda run: change_json(run / CONFIG, use_dora=True), "not plain LoRA"),
+        (lambda run: change_json(run / CONFIG, peft_type="IA3"), "not plain LoRA"),
+        (lambda run: change_json(run / CONFIG, r=3), "for another model"),
+        (lambda run: (run / CONFIG).write_text("{"), "cannot read the adapter"),
+    ],
+)
 def test_damaged_adapters_are_refused(damage, message, tmp_path):
     save_adapter(adapted("llama"), "player", tmp_path)
     damage(tmp_path)

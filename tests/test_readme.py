@@ -4,42 +4,96 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
+import pytest
+from conftest import ROOT, read_json
+
+import evaluate
 import train
-from conftest import ROOT
+from rewards import REWARDS
 
 README = (ROOT / "README.md").read_text()
+APPENDED = re.compile(r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
+REPLACED = re.compile(
+    r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
+)
+SHOWN = re.compile(
+    r"^(?: {4})?(python (?:train|evaluate|studies/(?:society|ask))\.py [^\n]*)$"
+    r"|^```python\n(.*?)```",
+    flags=re.MULTILINE | re.DOTALL,
+)
 
 
-def test_every_command_and_snippet(tmp_path):
-    """On a copy of the project: the changes of "Fork it" first, then all commands and snippets in their order, with short training.
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the project."""
+    left_out = shutil.ignore_patterns(".*", "tests", "docs", "runs", "results", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "fork", ignore=left_out)
+    return tmp_path / "fork"
 
-    Left out are those of a real model (google/...) and of benchmarks/.
+
+def in_fork(fork, *command):
+    done = subprocess.run(command, cwd=fork, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr)
+
+
+def test_every_command_and_snippet(fork):
+    """The changes of "Fork it" first, then all commands and snippets in their order.
+
+    Training is short. Left out are commands of a real model (google/...), the grids of studies/
+    and benchmarks/.
     """
-    fork = tmp_path / "fork"
-    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns(".git", "tests", "runs", "results", "__pycache__"))
-    change = r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```"
-    changes = re.findall(change, README, flags=re.DOTALL)
-    assert [file for file, _ in changes] == ["rewards.py", "envs.py"]
+    changes = APPENDED.findall(README)
+    assert [file for file, _ in changes] == ["rewards.py", "envs.py", "prompts.py"]
     for file, snippet in changes:
         with open(fork / file, "a") as target:
             target.write("\n\n" + snippet)
-    shown = re.findall(r"^(?: {4})?(python (?:train|evaluate)\.py [^\n]*)$|^```python\n(.*?)```", re.sub(change, "", README, flags=re.DOTALL),
-                       flags=re.MULTILINE | re.DOTALL)
-    shown = [(command, snippet) for command, snippet in shown if "google/" not in command]
-    assert [bool(snippet) for _, snippet in shown].count(True) == 1 and len(shown) >= 6
+    shown = []
+    for command, snippet in SHOWN.findall(REPLACED.sub("", APPENDED.sub("", README))):
+        if "google/" not in command:
+            shown.append((command, snippet))
+    assert sum(snippet != "" for _, snippet in shown) == 1 and len(shown) >= 8
     for command, snippet in shown:
-        command = command.replace("python", sys.executable, 1) + (" --episodes 512" if "train.py" in command else "")
-        done = subprocess.run([sys.executable, "-c", snippet] if snippet else ["bash", "-c", command], cwd=fork, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        if snippet:
+            in_fork(fork, sys.executable, "-c", snippet)
+        else:
+            command = command.replace("python", sys.executable, 1)
+            in_fork(fork, "bash", "-c", command.replace("train.py", "train.py --episodes 512"))
     assert (fork / "figures" / "training.png").exists()
 
 
-def test_every_option_in_the_readme_exists():
-    helps = {}
-    for door in ("train", "evaluate"):
-        helps[door] = subprocess.run([sys.executable, f"{door}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"--[a-z][a-z-]+", helps["train"] + helps["evaluate"])) | {"--nproc-per-node", "--seeds", "--help", "--measure"}
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
-    for reward in train.REWARDS:
+def test_group_relative_advantage(fork):
+    """The snippet for ppo.py, in place of the line that it names: the agent learns."""
+    [(file, line, snippet)] = REPLACED.findall(README)
+    text = (fork / file).read_text()
+    assert file == "ppo.py" and text.count(f"\n        {line}\n") == 1 == text.count(line)
+    assert len(snippet.splitlines()) == 5
+    replaced = text.replace(f"        {line}\n", textwrap.indent(snippet, " " * 8))
+    (fork / file).write_text(replaced)
+    options = ["--reward", "utilitarian", "--opponent", "random", "--vf-coef", "0"]
+    options += ["--episodes", "10240", "--out", "run"]
+    in_fork(fork, sys.executable, "train.py", *options)
+    assert min(read_json(fork / "run" / "result.json")["policy_after"].values()) >= 0.95
+
+
+def test_every_option_in_the_readme_exists(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    import ask
+    import paper
+    import society
+    import transfer
+
+    known = {"--nproc-per-node", "--check"}  # of torchrun, of ruff
+    for program in (train, evaluate, society, ask, transfer, paper):
+        monkeypatch.setattr(sys, "argv", ["program", "--help"])
+        with pytest.raises(SystemExit):
+            program.main()
+        known |= options(capsys.readouterr().out)
+    assert options(README) <= known
+    for reward in REWARDS:
         assert f"`{reward}`" in README
+
+
+def options(text):
+    return set(re.findall(r"--[a-z][a-z-]+", text))

@@ -1,34 +1,65 @@
-"""The run folder: resume gives the very bytes, faults leave the last good state, nothing foreign is loaded or overwritten."""
+"""The run folder: resume gives the very bytes, faults leave the last good state."""
 
-import csv
-import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from conftest import (
+    change_json,
+    cut_file,
+    narrow_matrices,
+    read_json,
+    read_metrics,
+    refused,
+    run_training,
+    start_training,
+    wait_for,
+)
 from safetensors.torch import load_file, save_file
 
-import runs
 import train
-from conftest import ROOT, refused
+from agents import setup
+from options import parse_train, run_settings
+from runs import LOCK, RunFolder, processes, read_config, stop_signals, write_json
 
-OPTIONS = ["--reward", "game", "--then", "utilitarian", "--opponent", "learner", "--sampling", "free", "--episodes", "48", "--batch", "8",
-           "--save-every", "2", "--game", "ipd", "random", "--actions", "moon", "river", "A"]  # what is drawn must be drawn again
-BYTES = ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors", "opponent/adapter_model.safetensors")
+OPTIONS = (
+    "--reward game --then utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
+    "--epochs 1 --save-every 2 "
+    "--game ipd random --actions moon river A"  # what is drawn must be drawn again
+).split()
+SHORT = "--reward game --episodes 8 --batch 8".split()
+STATE = "state.safetensors"
+ADAPTER = "adapter_model.safetensors"
+BYTES = ["metrics.csv", ADAPTER, "value_head.safetensors", f"opponent/{ADAPTER}"]
 
 
-def outcome(out):
+def outcome(run):
     """What must not depend on whether a run was interrupted."""
-    result = json.loads((out / "result.json").read_text())
+    result = read_json(run / "result.json")
     del result["seconds"]
-    return result, [(out / name).read_bytes() for name in BYTES]
+    return result, [(run / name).read_bytes() for name in BYTES]
+
+
+def files(run):
+    """Names and contents of what is in a run folder, the lock apart."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.name != LOCK}
+
+
+def copy_states(patch, folder):
+    """From now on leave the run folder as it is at each saved state: folder/state0 and so on."""
+    save = RunFolder.save_state
+
+    def save_and_copy(self, before, rng, updates):
+        save(self, before, rng, updates)
+        count = len(list(folder.glob("state*")))
+        shutil.copytree(self.path, folder / f"state{count}")
+
+    patch.setattr(RunFolder, "save_state", save_and_copy)
 
 
 class Killed(BaseException):
@@ -39,21 +70,18 @@ class Killed(BaseException):
 def whole(tmp_path_factory):
     """An uninterrupted run, and the folder as it was at each saved state."""
     folder = tmp_path_factory.mktemp("whole")
-    write, number = runs.write_state, iter(range(100))
-
-    def copying(args, *rest):
-        write(args, *rest)
-        shutil.copytree(args.out, folder / f"state{next(number)}")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "write_state", copying)
+        copy_states(patch, folder)
         train.main([*OPTIONS, "--out", str(folder / "run")])
     return folder
 
 
+# ------------------------------------------------------------------------------- stopped, continued
+
+
 def test_resumes_to_the_same_bytes_from_every_state(whole, tmp_path):
     states = sorted(whole.glob("state*"))
-    assert len(states) == 3 and not (whole / "run" / "state.safetensors").exists()
+    assert len(states) == 3 and not (whole / "run" / STATE).exists()
     for state in states:
         shutil.copytree(state, tmp_path / state.name)
         train.main(["--resume", str(tmp_path / state.name)])
@@ -61,129 +89,127 @@ def test_resumes_to_the_same_bytes_from_every_state(whole, tmp_path):
 
 
 def test_killed_during_a_save_and_after_further_rows(whole, tmp_path, monkeypatch):
-    """The third save is cut in the middle of its file; metrics.csv is ahead of the state by then."""
+    """The third save is cut within its file, when metrics.csv is already ahead of the state."""
+    replace, saves = Path.replace, []
+
     def cut(path, target):
-        if os.path.basename(target) == "state.safetensors" and next(calls) == 2:
-            path.write_bytes(path.read_bytes()[:100])
-            raise Killed
+        if os.path.basename(target) == STATE:
+            saves.append(target)
+            if len(saves) == 3:
+                cut_file(path, 100)
+                raise Killed
         return replace(path, target)
 
-    calls, replace = iter(range(10)), type(tmp_path).replace
-    monkeypatch.setattr(type(tmp_path), "replace", cut)
+    monkeypatch.setattr(Path, "replace", cut)
     with pytest.raises(Killed):
         train.main([*OPTIONS, "--out", str(tmp_path / "run")])
     monkeypatch.undo()
     with open(tmp_path / "run" / "metrics.csv", "a") as file:
-        file.write("40,uti")  # a row that was cut off as well
+        file.write("32,uti")  # a row that was cut off as well
     train.main(["--resume", str(tmp_path / "run")])
     assert outcome(tmp_path / "run") == outcome(whole / "run")
 
 
-def test_resumes_without_the_run_that_it_began_with(tmp_path, monkeypatch):
+def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
     """The state has all of it."""
-    write = runs.write_state
-    monkeypatch.setattr(train, "write_state",
-                        lambda args, *rest: write(args, *rest) or shutil.copytree(args.out, tmp_path / "half", dirs_exist_ok=True))
-    short = ["--reward", "game", "--batch", "8", "--save-every", "1"]
-    train.main([*short, "--episodes", "8", "--out", str(tmp_path / "earlier")])
-    train.main([*short, "--episodes", "16", "--init", str(tmp_path / "earlier"), "--out", str(tmp_path / "run")])
+    run_training(tmp_path / "earlier", *SHORT)
+    copy_states(monkeypatch, tmp_path)
+    options = ["--episodes", "16", "--save-every", "1", "--init", str(tmp_path / "earlier")]
+    run_training(tmp_path / "run", *SHORT, *options)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "earlier")
-    train.main(["--resume", str(tmp_path / "half")])
-    assert (tmp_path / "half" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
+    train.main(["--resume", str(tmp_path / "state1")])
+    assert files(tmp_path / "state1")["metrics.csv"] == files(tmp_path / "run")["metrics.csv"]
 
 
-def start(*options):
-    return subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
 def test_signals(number, code, tmp_path):
     out = tmp_path / "run"
-    options = ["--reward", "game", "--episodes", "160", "--batch", "8", "--out", str(out)]
-    process = start(*options)
-    wait_for(out / "state.safetensors", process)
+    process = start_training(*SHORT, "--episodes", "48", "--out", str(out))
+    wait_for(out / STATE, process)
     process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == code and "Traceback" not in told
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors
     if number != signal.SIGKILL:
-        assert f"--resume {out}" in told
+        assert f"--resume {out}" in errors
     train.main(["--resume", str(out)])
-    assert len((out / "metrics.csv").read_text().splitlines()) == 21
+    assert len((out / "metrics.csv").read_text().splitlines()) == 7
 
 
-def test_a_second_process_is_refused(tmp_path, capsys):
-    with runs.locked(tmp_path / "run"), refused(capsys, "--out", "another process"):
-        train.main([*OPTIONS, "--out", str(tmp_path / "run"), "--overwrite"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [runs.LOCK])
-    train.main([*OPTIONS, "--out", str(tmp_path / "run"), "--overwrite"])  # what is left does not stand in the way
+def test_a_second_signal_stops_at_once():
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_signals() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def change_json(key, value):
-    def change(run):
-        config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps({**config, key: value}))
-    return change
+def test_disk_full(whole, tmp_path):
+    """A limit on the size of files is like a full disk: the last state that did fit stays."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "run"
+    process = start_training(*OPTIONS, "--out", str(out))
+    wait_for(out / STATE, process)
+    half = (out / STATE).stat().st_size // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert process.returncode == 2 and len(lines) == 1 and "--resume" in lines[0]
+    train.main(["--resume", str(out)])
+    assert outcome(out) == outcome(whole / "run")
 
 
-def foreign(run):
-    save_file({"weight": torch.zeros(3)}, run / "state.safetensors")
+def test_not_finite_ends_the_run_with_the_last_good_state(tmp_path, capsys):
+    options = [*SHORT, "--lr", "1e30", "--episodes", "64", "--save-every", "1"]
+    with refused(capsys, "--lr", "finite", "good state is in"):
+        run_training(tmp_path / "run", *options)
+    tensors = load_file(tmp_path / "run" / STATE)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def other_shapes(run):
-    with safe_open(run / "state.safetensors", "pt") as file:
-        metadata = file.metadata()
-    tensors = {key: value[..., :-1].contiguous() if value.ndim == 2 else value for key, value in load_file(run / "state.safetensors").items()}
-    save_file(tensors, run / "state.safetensors", metadata=metadata)
+# --------------------------------------------------------------------------- what is refused, kept
 
 
-def pickled(run):
+def foreign(path):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def pickled(path):
     """What loads a pickle here would run code."""
-    torch.save({"weight": torch.zeros(3)}, run / "state.safetensors")
+    torch.save({"weight": torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda run: (run / "state.safetensors").write_bytes((run / "state.safetensors").read_bytes()[:5000]), ["state.safetensors"]),
-    (lambda run: (run / "state.safetensors").unlink(), ["not there"]), (foreign, ["state.safetensors"]), (other_shapes, ["shape"]),
-    (pickled, ["state.safetensors"]), (lambda run: (run / "metrics.csv").write_text(""), ["metrics.csv"]),
-    (lambda run: (run / "metrics.csv").unlink(), ["metrics.csv"]), (lambda run: (run / "config.json").write_text("{"), ["not a run folder", "--resume"]),
-    (change_json("lr", 0.5), ["lr", "0.5", "0.003"]), (change_json("batch", 4), ["batch"]), (change_json("rank", "big"), ["--rank"]),
-    (change_json("colour", "red"), ["--colour"]),
-    (lambda run: (run / "result.json").write_text("{}"), ["finished"]),
-])
-def test_damaged_states_are_refused_and_kept(change, words, whole, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda run: cut_file(run / STATE, 5000), [STATE]),
+        (lambda run: (run / STATE).unlink(), ["not there"]),
+        (lambda run: foreign(run / STATE), [STATE]),
+        (lambda run: narrow_matrices(run / STATE), ["shape"]),
+        (lambda run: pickled(run / STATE), [STATE]),
+        (lambda run: (run / "metrics.csv").write_text(""), ["metrics.csv"]),
+        (lambda run: (run / "metrics.csv").unlink(), ["metrics.csv"]),
+        (lambda run: (run / "config.json").write_text("{"), ["not a run folder", "--resume"]),
+        (lambda run: change_json(run / "config.json", lr=0.5), ["lr", "0.5", "0.003"]),
+        (lambda run: change_json(run / "config.json", batch=4), ["batch"]),
+        (lambda run: change_json(run / "config.json", rank="big"), ["--rank"]),
+        (lambda run: change_json(run / "config.json", colour="red"), ["--colour"]),
+        (lambda run: (run / "result.json").write_text("{}"), ["finished"]),
+    ],
+)
+def test_damaged_states_are_refused_and_kept(damage, words, whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole / "state1", run)
-    change(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    damage(run)
+    before = files(run)
     with refused(capsys, *words):
         train.main(["--resume", str(run)])
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
-
-
-def test_a_settings_file_cannot_make_the_run_write_elsewhere(whole, tmp_path):
-    shutil.copytree(whole / "state1", tmp_path / "run")
-    change_json("out", str(tmp_path / "elsewhere"))(tmp_path / "run")
-    train.main(["--resume", str(tmp_path / "run")])
-    assert [path.name for path in tmp_path.iterdir()] == ["run"] and outcome(tmp_path / "run") == outcome(whole / "run")
-
-
-def test_settings_survive_the_way_through_the_file(tmp_path):
-    options = ["--reward", "game", "--then", "utilitarian", "deontological", "--opponent", "1", "0.5", "0", "0.25", "--seed", "0", "--xi", "0",
-               "--vf-coef", "0", "--kl-coef", "0", "--illegal", "-1.5", "--actions", "moon", "river", "sun", "--lr", "1e-7", "--merge", "--nodes", "99",
-               "--game", "random", "chicken", "--layout", "both", "--prompt", "explicit", "poetic"]
-    args = train.parse_args([*options, "--out", str(tmp_path / "run")])
-    (tmp_path / "run").mkdir()
-    settings = {key: value for key, value in vars(args).items() if key not in ("strategy", "names", "resume", "out", "overwrite")}
-    runs.write_json(tmp_path / "run" / "config.json", {**settings, "dtype": "float32", "versions": {}})
-    again = train.parse_args(["--resume", str(tmp_path / "run")])
-    assert {key: getattr(again, key) for key in settings} == {**settings, "dtype": "float32"}
+    assert files(run) == before
 
 
 def test_resume_takes_no_other_option(whole, capsys):
@@ -191,66 +217,111 @@ def test_resume_takes_no_other_option(whole, capsys):
         train.main(["--resume", str(whole / "run"), "--lr", "1"])
 
 
-def test_disk_full(whole, tmp_path):
-    """A limit on the size of files stands in for a full disk: the state does not fit, the last good one stays."""
-    out = tmp_path / "run"
-    process = start(*OPTIONS, "--out", str(out))
-    wait_for(out / "state.safetensors", process)
-    size = (out / "state.safetensors").stat().st_size
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    lines = [line for line in process.communicate(timeout=60)[1].replace("\r", "\n").splitlines() if line.startswith("error")]
-    assert process.returncode == 2 and len(lines) == 1 and "--resume" in lines[0]
-    train.main(["--resume", str(out)])
-    assert outcome(out) == outcome(whole / "run")
+def test_a_settings_file_cannot_make_the_run_write_elsewhere(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole / "state2", run)
+    change_json(run / "config.json", out=str(tmp_path / "elsewhere"))
+    train.main(["--resume", str(run)])
+    assert list(tmp_path.iterdir()) == [run]
+    assert outcome(run) == outcome(whole / "run")
 
 
-def test_not_finite_ends_the_run_with_the_last_good_state(tmp_path, capsys):
-    with refused(capsys, "--lr", "finite", "state is kept"):
-        train.main(["--reward", "game", "--lr", "1e30", "--episodes", "64", "--batch", "8", "--save-every", "1", "--out", str(tmp_path / "run")])
-    tensors = load_file(tmp_path / "run" / "state.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+def test_settings_survive_the_way_through_the_file(tmp_path):
+    typed = (
+        "--reward game --then utilitarian deontological --opponent 1 0.5 0 0.25 --seed 0 --xi 0 "
+        "--vf-coef 0 --kl-coef 0 --illegal -1.5 --actions moon river sun --lr 1e-7 --merge "
+        "--nodes 99 --game random chicken --layout both --prompt explicit poetic --checkpointing"
+    )
+    run = tmp_path / "run"
+    settings = run_settings(parse_train("", [*typed.split(), "--out", str(run)]))
+    run.mkdir()
+    write_json(run / "config.json", settings)
+    assert run_settings(parse_train("", ["--resume", str(run)])) == settings
+    assert settings["lr"] == 1e-7 and settings["opponent"] == ["1", "0.5", "0", "0.25"]
+
+
+def test_metrics_refuse_a_row_with_other_keys_than_the_header(tmp_path):
+    folder = RunFolder(tmp_path, {}, [])
+    folder.log({"episodes": 8, "reward": 1 / 3})
+    with pytest.raises(ValueError):
+        folder.log({"episodes": 16, "points": 0.5})
+    folder.log({"reward": 0.25, "episodes": 16})
+    assert (tmp_path / "metrics.csv").read_text() == "episodes,reward\n8,0.333333\n16,0.25\n"
+
+
+def test_a_second_process_is_refused(tmp_path, capsys):
+    run = tmp_path / "run"
+    with RunFolder(run, {}, []).locked(), refused(capsys, "--out", "another process"):
+        run_training(run, *SHORT, "--overwrite")
+    assert [path.name for path in run.iterdir()] in ([], [LOCK])
+    run_training(run, *SHORT, "--overwrite")  # what is left does not stand in the way
 
 
 def test_overwrite_takes_away_only_what_a_run_wrote(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("mine")
     with refused(capsys, "--out", "not a run folder"):
-        train.main(["--reward", "game", "--out", str(tmp_path), "--overwrite"])
+        run_training(tmp_path, *SHORT, "--overwrite")
     assert (tmp_path / "metrics.csv").read_text() == "mine"
-    short = ["--reward", "game", "--episodes", "8", "--batch", "8", "--out", str(tmp_path / "run")]
-    train.main([*short, "--merge"])
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    train.main([*short, "--overwrite"])
-    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work" and not (tmp_path / "run" / "merged").exists()
+    run = tmp_path / "run"
+    run_training(run, *SHORT, "--merge")
+    assert (run / "merged").exists()
+    (run / "thesis.tex").write_text("years of work")
+    run_training(run, *SHORT, "--overwrite")
+    assert (run / "thesis.tex").read_text() == "years of work"
+    assert not (run / "merged").exists()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_processes_give_the_same_metrics(ranks, tmp_path):
-    # A low rate: Adam's first steps are its rate times the gradient's sign, also where that is rounding noise.
-    options = ["--reward", "utilitarian", "--opponent", "learner", "--episodes", "32", "--batch", "8", "--lr", "1e-4"]
-    train.main([*options, "--out", str(tmp_path / "one")])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(29500 + os.getpid() % 1000),
-                    "train.py", *options, "--out", str(tmp_path / "several")], cwd=ROOT, check=True, capture_output=True, timeout=120)
-    one, several = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("one", "several"))
-    assert len(one) == len(several) == 4
-    for a, b in zip(one, several):
-        assert (a.pop("phase"), a.pop("condition")) == (b.pop("phase"), b.pop("condition"))
-        for key in a:
-            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-6), key
+# ------------------------------------------------------------------------------- several processes
+
+# A low rate: Adam's first steps are its rate times the gradient's sign, also where that is rounding
+# noise.
+SHARED = "--reward utilitarian --opponent learner --batch 8 --lr 1e-4 --save-every 1".split()
 
 
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(30500 + os.getpid() % 1000),
-                                "train.py", "--reward", "game", "--batch", "8", "--save-every", "1", "--out", str(out)],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(out / "state.safetensors", process)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(found[-1]), signal.SIGKILL)
-    told = process.communicate(timeout=60)[1]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The metrics of three updates in one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    run_training(run, *SHARED, "--episodes", "24")
+    return read_metrics(run)
+
+
+def check_same_metrics(rows, expected):
+    assert len(rows) == len(expected) == 3
+    for row, other in zip(rows, expected):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            if key in ("phase", "condition"):
+                assert value == other[key]
+            else:
+                assert float(value) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
+
+
+def test_three_processes_give_the_same_metrics(alone, tmp_path):
+    run = tmp_path / "run"
+    process = start_training(*SHARED, "--episodes", "24", "--out", str(run), processes=3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    check_same_metrics(read_metrics(run), alone)
+
+
+def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alone, tmp_path):
+    run = tmp_path / "run"
+    process = start_training(*SHARED, "--episodes", "32000", "--out", str(run), processes=2)
+    wait_for(run / STATE, process)
+    while (run / "metrics.csv").read_text().count("\n") < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    check_same_metrics(read_metrics(run)[:3], alone)
+
+    command = ["pgrep", "-P", str(process.pid)]
+    children = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    args = train.parse_args(["--resume", str(out)])
-    with runs.processes(args):
-        learners, *_ = train.setup(args)
-        settings = {key: value for key, value in runs.read_config(out).items() if key != "versions"}
-        args.out = tmp_path
-        assert runs.read_state(args, learners, settings)["updates"] >= 0, told
+    args = parse_train("", ["--resume", str(run)])
+    with processes(args.device, args.out):
+        agents, _ = setup(args)
+    settings = {key: value for key, value in read_config(run).items() if key != "versions"}
+    folder = RunFolder(tmp_path, settings, [agent.learner for agent in agents])
+    assert folder.load_state(run)["updates"] >= 2, errors
