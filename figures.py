@@ -119,7 +119,9 @@ def read_metrics(run):
     if own:
         return rows
     mark = "opponent "
-    return [row | {k.removeprefix(mark): row[k] for k in row if k.startswith(mark)} for row in rows]
+    for row in rows:
+        row |= {key.removeprefix(mark): row[key] for key in row if key.startswith(mark)}
+    return rows
 
 
 def plot_regret(results):
@@ -129,7 +131,10 @@ def plot_regret(results):
     figure, axes = pyplot().subplots(2, 1, figsize=(9, 6), **layout)
     units = (f"points per round, xi = {results['xi']:g}", "0 best, 1 worst")
     for ax, norm, unit in zip(axes, NORMS, units):
-        bars = {g["name"]: [g["games"][game]["regret"][norm] for game in games] for g in groups}
+        bars = {}
+        for group in groups:
+            regrets = [measures["regret"][norm] for measures in group["games"].values()]
+            bars[group["name"]] = regrets
         plot_bars(ax, groups, games, bars)
         ax.set_ylabel(f"{norm} regret\n({unit})")
     add_legend(figure, ax)

@@ -124,10 +124,8 @@ class Trie:
 
 def common_tokens(a, b):
     """How many of their first tokens two texts have in common."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    different = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 def additive_mask(allowed, model):

@@ -32,7 +32,10 @@ def mean_and_interval(values):
     ci95 = 1.96 s / sqrt(n), as in the paper (section 5); None for a single run.
     """
     if isinstance(values[0], dict):
-        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+        means = {}
+        for key in values[0]:
+            means[key] = mean_and_interval([value[key] for value in values])
+        return means
     if values[0] is None:
         return {"mean": None, "ci95": None}
     interval = None
@@ -129,9 +132,8 @@ def print_results(results):
     if strangers:
         agents = " and ".join(sorted(strangers))
         print(f"These are not the names of training for the agents of {agents} (--actions).")
-    width = max(
-        len(label) for label in [*results["baseline"]["games"], *(g["name"] for g in groups)]
-    )
+    width = max(map(len, results["baseline"]["games"]))
+    width = max([width, *(len(group["name"]) for group in groups)])
     titles = [f"P(C|{state})" for state in STATES]
     titles += ["illegal", "points", "deont. regret", "util. regret"]
     head = "".join(f"{title:>14}" for title in titles)
