@@ -33,8 +33,7 @@ WRITTEN = (
     "value_head.safetensors result.json opponent merged"
 ).split()
 LOCK = ".lock"
-# What others read of config.json.
-SETTINGS = (
+SETTINGS = (  # what others read of config.json
     "model dtype reward then switch opponent game actions layout prompt seed sampling rank alpha "
     "versions"
 ).split()
@@ -163,12 +162,13 @@ class RunFolder:
             shown[key] = value if isinstance(value, int | str) else f"{value:.6g}"
         with open(self.path / "metrics.csv", "a+", newline="") as file:
             file.seek(0)
-            header = next(csv.reader(file), None)
-            file.seek(0, os.SEEK_END)
-            writer = csv.DictWriter(file, header or list(shown), lineterminator="\n")
-            if header is None:
+            header = next(csv.reader(file), list(shown))
+            if set(header) != set(shown):
+                raise ValueError("a row with other columns than metrics.csv has")
+            writer = csv.DictWriter(file, header, lineterminator="\n")
+            if file.seek(0, os.SEEK_END) == 0:
                 writer.writeheader()
-            writer.writerow(shown)  # a key that the header lacks is an error
+            writer.writerow(shown)
 
     def save_state(self, before, rng, updates):
         """All that `load_state` needs, in one file.
@@ -258,10 +258,10 @@ class RunFolder:
         result = {key: self.settings[key] for key in ("reward", "then") if self.settings[key]}
         result["opponent"] = " ".join(self.settings["opponent"])
         result |= {"seed": self.settings["seed"], "seconds": seconds}
-        for side, one, other in zip(("", "opponent_"), before, after):
+        for side, untuned, trained in zip(("", "opponent_"), before, after):
             for kind, outcome in (("policy", C), ("illegal", ILLEGAL)):
-                result[f"{side}{kind}_before"] = by_state(one, outcome)
-                result[f"{side}{kind}_after"] = by_state(other, outcome)
+                result[f"{side}{kind}_before"] = by_state(untuned, outcome)
+                result[f"{side}{kind}_after"] = by_state(trained, outcome)
         write_json(self.path / "result.json", result)
         (self.path / "state.safetensors").unlink()
         return seconds

@@ -13,9 +13,8 @@ import json
 import os
 from pathlib import Path
 
-from grid import ROOT, grid_parser, markdown, run_script, train_all
-
 from figures import check_matplotlib
+from grid import ROOT, grid_parser, markdown, run_script, train_all
 from options import number
 
 KINDS = {  # paper, sections 5.1 to 5.3

@@ -18,12 +18,12 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from grid import ROOT, grid_parser, markdown, train_all
 
 from agents import Evaluator
 from envs import STATES, C, by_state, payoff_matrix, random_game
 from evaluate import check_free, one_value, read_configs
 from figures import check_matplotlib, plot_heat_map, pyplot, save
+from grid import ROOT, grid_parser, markdown, train_all
 from prompts import action_names, first_condition
 from report import group_by_seed, show
 from rewards import REWARDS, moral_accuracy, optimum

@@ -5,6 +5,10 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+
+import evaluate
+import figures
+import report
 from conftest import (
     copy_run,
     cut_file,
@@ -14,10 +18,6 @@ from conftest import (
     refused,
     run_training,
 )
-
-import evaluate
-import figures
-import report
 from envs import (
     ACTION_TYPES,
     GAMES,

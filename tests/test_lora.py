@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import adapted_model, change_json, cut_file, narrow_matrices, random_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from conftest import adapted_model, change_json, cut_file, narrow_matrices, random_model
 from lora import (
     LoRALinear,
     adapter,

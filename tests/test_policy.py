@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, adapted_policy, plain_passes, random_model, shared_prefix_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import CONFIGS, adapted_policy, plain_passes, random_model, shared_prefix_texts
 from lora import add_adapter
 from models import checkpoint_layers, encode
 from policy import Policy, Trie, log_illegal

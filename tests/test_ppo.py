@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_policy, plain_passes, shared_prefix_texts
 
+from conftest import adapted_policy, plain_passes, shared_prefix_texts
 from ppo import Learner, RunningMoments, act, adapt_kl_coef, gae
 
 TEXTS, ANSWERS = shared_prefix_texts()

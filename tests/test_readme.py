@@ -7,10 +7,10 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT, read_json
 
 import evaluate
 import train
+from conftest import ROOT, read_json
 from rewards import REWARDS
 
 README = (ROOT / "README.md").read_text()

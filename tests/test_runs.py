@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from agents import setup
 from conftest import (
     change_json,
     cut_file,
@@ -20,10 +24,6 @@ from conftest import (
     start_training,
     wait_for,
 )
-from safetensors.torch import load_file, save_file
-
-import train
-from agents import setup
 from options import parse_train, run_settings
 from runs import LOCK, RunFolder, processes, read_config, stop_signals, write_json
 
@@ -245,6 +245,8 @@ def test_metrics_refuse_a_row_with_other_keys_than_the_header(tmp_path):
     folder.log({"episodes": 8, "reward": 1 / 3})
     with pytest.raises(ValueError):
         folder.log({"episodes": 16, "points": 0.5})
+    with pytest.raises(ValueError):
+        folder.log({"episodes": 16})
     folder.log({"reward": 0.25, "episodes": 16})
     assert (tmp_path / "metrics.csv").read_text() == "episodes,reward\n8,0.333333\n16,0.25\n"
 

@@ -8,6 +8,7 @@ from functools import cache
 import matplotlib.image
 import numpy as np
 import pytest
+
 from conftest import ROOT, copy_run, cut_file, narrow_matrices, read_json, refused, run_training
 
 sys.path.insert(0, str(ROOT / "studies"))
@@ -17,7 +18,6 @@ import grid
 import paper
 import society
 import transfer
-
 from envs import STATES, STRATEGIES, frequencies, memory_one, payoff_matrix, play, random_game
 from models import encode
 from options import parse_train

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from envs import payoff_matrix
 
 sys.path.insert(0, str(ROOT / "tiny"))

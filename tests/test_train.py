@@ -8,6 +8,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+import agents
+import evaluate
 from conftest import (
     ROOT,
     change_json,
@@ -20,10 +24,6 @@ from conftest import (
     refused,
     run_training,
 )
-from transformers import AutoModelForCausalLM
-
-import agents
-import evaluate
 from envs import (
     ACTION_TYPES,
     GAMES,

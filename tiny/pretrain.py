@@ -35,12 +35,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from texts import HELD_OUT_NAMES, QUESTIONS, all_wordings, held_out_text, make_batch
-
 from envs import ILLEGAL, C
 from models import encode
 from policy import Policy
 from prompts import LAYOUTS, Condition, build_prompts
+from texts import HELD_OUT_NAMES, QUESTIONS, all_wordings, held_out_text, make_batch
 
 # The curriculum: (batches, kinds of TEXTS that take turns). What is left out is forgotten, so
 # earlier kinds go on beside new ones.
