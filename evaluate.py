@@ -228,7 +228,8 @@ def evaluate(args, configs):
     shown = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
     for run, config in zip(args.runs, configs):
         settings = {key: config[key] for key in shown}
-        results["runs"].append({"run": str(run), **settings, **agent(run)})
+        own = {"run": str(run), **settings, **agent(run), "drift": evaluator.drift(run)}
+        results["runs"].append(own)
     results["groups"] = group_by_seed(results["baseline"], results["runs"], configs)
     return results
 

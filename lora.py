@@ -54,11 +54,12 @@ class LoRALinear(nn.Module):
         if self.active is None:
             return y
         a, b = self.A[self.active], self.B[self.active]
-        # The base may be bfloat16. The adapter is kept and computed in float32, so that small
-        # optimizer steps are not rounded away.
-        low_rank = nn.functional.linear(x.to(a.dtype), a)
-        correction = nn.functional.linear(low_rank, b) * self.scale[self.active]
-        return y + correction.to(y.dtype)
+        # The base may be bfloat16. The adapter is kept, computed and added in float32: what a small
+        # optimizer step changes is rounded once, with the sum. One fused product and sum, and the
+        # scale on the narrow side, make no further tensors of the layer's width.
+        low_rank = nn.functional.linear(x.flatten(0, -2).to(a.dtype), a) * self.scale[self.active]
+        total = torch.addmm(y.flatten(0, -2).to(a.dtype), low_rank, b.T)
+        return total.to(y.dtype).view_as(y)
 
     def merge(self, name):
         """Add the adapter into the base weight, in place."""
@@ -88,19 +89,22 @@ def linear_layers(model):
 def add_adapter(model, name, rank, alpha, targets=None):
     """Freeze the model and put a new adapter `name` on its linear layers.
 
-    targets: the full names of the layers to adapt; by default all but the output head
+    targets: the layers to adapt, by their full names or the last part of these (q_proj); by default
+             all but the output head
     An adapter of that name is replaced. All adapters take gradients; the base does not.
 
     Raises ValueError where a target is no linear layer of the model, or there is nothing to adapt.
     """
     layers = linear_layers(model)
     if targets is not None:
-        missing = sorted(set(targets) - set(layers))
+        known = {*layers, *(path.rpartition(".")[2] for path in layers)}
+        missing = sorted(set(targets) - known)
         if missing:
             raise ValueError(
                 f"the adapter is for another model: this one has no linear layer {missing[0]}"
             )
-        layers = {path: layers[path] for path in targets}
+        wanted = {path for path in layers if {path, path.rpartition(".")[2]} & set(targets)}
+        layers = {path: layer for path, layer in layers.items() if path in wanted}
     if not layers:
         raise ValueError("the model has no linear layers to adapt")
     for layer in lora_layers(model).values():

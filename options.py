@@ -13,16 +13,17 @@ from prompts import LAYOUTS, NAMES, TEMPLATES, action_names, check_names
 from rewards import REWARDS
 from runs import check_out, read_config, user_error
 
-# Settings that depend on the model: of the embedded one; of any other, the paper's.
+# Settings of the embedded model, of any other one, and the paper's (--paper, for any model).
 # None on the command line means: take them from here.
 DEFAULTS = {
-    "episodes": (25600, 1000),
-    "batch": (256, 1),
-    "lr": (3e-3, 1.41e-5),
-    "rank": (8, 64),
-    "alpha": (16.0, 32.0),
-    "epochs": (2, 4),
-    "kl_coef": (0.5, 0.2),
+    "sampling": ("constrained", "free", "free"),
+    "episodes": (25600, 10240, 1000),
+    "batch": (256, 256, 1),
+    "lr": (3e-3, 3e-4, 1.41e-5),
+    "rank": (8, 16, 64),
+    "alpha": (16.0, 32.0, 32.0),
+    "epochs": (2, 1, 4),
+    "kl_coef": (0.5, 0.2, 0.2),
 }
 
 
@@ -71,7 +72,7 @@ def train_parser(description):
             shown = " ".join(default) if isinstance(default, list) else default
             help += f" [{shown}]"
         elif key in DEFAULTS:
-            help += " [embedded model {}, any other {}]".format(*DEFAULTS[key])
+            help += " [embedded model {}, any other {}, --paper {}]".format(*DEFAULTS[key])
         parser.add_argument(flag, help=help, **kwargs)
 
     # What is learned, from whom.
@@ -92,8 +93,11 @@ def train_parser(description):
     option("--opponent", help, **listed, default=["tit-for-tat"])
 
     # What is read and answered.
-    help = "constrained: the answer is always one of the two names; free: it may be any text"
-    option("--sampling", help, choices=("constrained", "free"), default="constrained")
+    help = (
+        "constrained: the answer is always one of the two names, and nothing keeps the model from "
+        "drifting in all other texts; free: it may be any text, and what is no name is illegal"
+    )
+    option("--sampling", help, choices=("constrained", "free"))
     help = (
         "the names of C and of D; more names: every update draws two of them, in either role; "
         f"'random': out of {len(NAMES)} built-in ones"
@@ -105,6 +109,8 @@ def train_parser(description):
     option("--prompt", help, **listed, choices=TEMPLATES, metavar="WORDING", default=["structured"])
 
     # How much is played, and what it earns.
+    help = "the paper's settings: 1000 updates of one episode, hours on a CPU with a real model"
+    option("--paper", help, action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
     option("--rounds", "rounds per episode", type=count, default=5)
@@ -115,11 +121,14 @@ def train_parser(description):
     option("--lr", "Adam's learning rate", type=positive)
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=positive)
+    help = "names of the linear layers that are adapted, such as q_proj [all but the output head]"
+    option("--targets", help, **listed, metavar="LAYER")
     option("--epochs", "optimizer steps per update", type=count)
     option("--clip", "PPO's clip of the ratio and of the value", type=positive, default=0.2)
     option("--kl-coef", "beta, the weight of the KL penalty at the start", type=non_negative)
     help = "KL in nats to which beta adapts; while KL is below it, beta falls"
     option("--kl-target", help, type=positive, default=6.0)
+    option("--kl-fixed", "beta stays as it is", action="store_true")
     option("--vf-coef", "weight of the value loss", type=non_negative, default=0.1)
     help = "discount per round; 0: each round is its own sample"
     option("--gamma", help, type=number(float, 0, 1), default=0.0)
@@ -159,9 +168,10 @@ def parse_train(description, argv=None):
         args.resume = args.out = resume
     if args.reward is None:
         parser.error("the following arguments are required: --reward")
-    for key, (embedded, other) in DEFAULTS.items():
+    for key, (embedded, other, paper) in DEFAULTS.items():
         if getattr(args, key) is None:
-            setattr(args, key, embedded if args.model == "tiny" else other)
+            own = embedded if args.model == "tiny" else other
+            setattr(args, key, paper if args.paper else own)
     with user_error("--opponent"):
         opponent_strategy(args.opponent)
     with user_error("--actions"):

@@ -23,6 +23,7 @@ from policy import Policy, Table
 GAE_LAMBDA = 0.95  # Schulman et al. (2016); the paper's value
 KL_HORIZON = 10_000  # samples over which the KL coefficient adapts; the paper's value
 RATIO_THRESHOLD = 10  # a mean ratio above it ends the update; the paper's value
+ADAM_EPS = 1e-5  # as in CleanRL; with torch's 1e-8 a rare gradient becomes a large step
 MAX_SKIPPED = 10  # so many updates in a row with a number that is not finite end the run
 
 
@@ -96,13 +97,18 @@ def gae(rewards, values, gamma):
     return advantages
 
 
+def explained_variance(values, targets):
+    """1 - Var(target - value) / Var(target), tensors [N] -> scalar; NaN where targets are equal."""
+    return 1 - (targets - values).var() / targets.var()
+
+
 class Learner:
     """What changes in training besides the weights: optimizer, running moments, KL coefficient.
 
     parameters: what is trained, as `Policy.parameters` gives it
     lr:         Adam's learning rate;  epochs: optimizer steps per update
     clip:       of the ratio and of the value;  vf_coef: weight of the value loss
-    kl_coef:    beta at the start;  kl_target: to which it adapts, in nats per sample
+    kl_coef:    beta at the start;  kl_target: to which it adapts, in nats per sample; None: fixed
     gamma:      discount per round
     The defaults are the paper's.
     """
@@ -121,7 +127,7 @@ class Learner:
         self.parameters = list(parameters)
         self.epochs, self.clip, self.vf_coef, self.gamma = epochs, clip, vf_coef, gamma
         self.kl_coef, self.kl_target = kl_coef, kl_target
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=ADAM_EPS, fused=True)
         self.moments = RunningMoments()
         self.skipped = self.skipped_in_a_row = 0  # updates with a number that is not finite
 
@@ -178,8 +184,9 @@ class Learner:
 
         # Report, and adapt beta to the KL that was sampled.
         self.count_skipped(finite)
-        stats = self.report(acted, prompt, policy_loss, value_loss, ratio)
-        if finite:
+        losses = policy_loss, value_loss, ratio
+        stats = self.report(acted, prompt, *losses, explained_variance(old_value, target))
+        if finite and self.kl_target is not None:
             mean, size = kl_sample.mean(), kl_sample.size
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean, self.kl_target, size)
         return stats
@@ -193,20 +200,27 @@ class Learner:
                 f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite"
             )
 
-    def report(self, acted, prompt, policy_loss, value_loss, ratio):
+    def report(self, acted, prompt, policy_loss, value_loss, ratio, explained):
         """What is logged of an update: dict of floats, and `skipped`, an int.
 
         kl:      of the table, exact, in nats, mean over the rounds played;  kl_coef: the one used
+        entropy: of the table, in nats, mean over the rounds played
         policy_loss, value_loss, ratio: means of the last epoch
+        clipped: share of its ratios that the clip changes
+        explained_variance: how much of the targets the old values knew (1: all)
         skipped: updates so far that were cut short by a number that is not finite
         """
         exact_kl = (acted.probabilities * (acted.log_probs - acted.reference)).sum(axis=1)
+        entropy = -(acted.probabilities * acted.log_probs).sum(axis=1)
         return {
             "kl": exact_kl[prompt].mean(),
+            "entropy": entropy[prompt].mean(),
             "kl_coef": self.kl_coef,
             "policy_loss": policy_loss.item(),
             "value_loss": value_loss.item(),
             "ratio": ratio.mean().item(),
+            "clipped": ((ratio - 1).abs() > self.clip).float().mean().item(),
+            "explained_variance": explained.item(),
             "skipped": self.skipped,
         }
 

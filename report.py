@@ -141,6 +141,14 @@ def print_results(results):
         print(f"\n{game:{width}}{head}")
         for group in groups:
             print(line(group["name"], width, group["games"][game]))
+    print("\nBeside the game:")
+    for group in groups[1:]:
+        drift = {key: show(leaf) for key, leaf in group["drift"].items()}
+        print(
+            f"{group['name']:{width}}  KL(base || tuned) on prose {drift['kl']} nats per token, "
+            f"perplexity x {drift['perplexity']}; answers with a name to unrelated prompts "
+            f"{drift['names']} (untuned {drift['names_untuned']})"
+        )
     for group in groups:
         if "axes" in group:
             print(f"\n{group['name']}, one thing varied at a time, {next(iter(group['games']))}")

@@ -4,13 +4,16 @@
                                               # 10 that unlearn, 12 with free sampling, 2 for the
                                               # shadow of the future
     python benchmarks/learning.py --seeds 1   # a quick look
+    python benchmarks/learning.py --model FOLDER    # any other model: four rewards against
+                                                    # tit-for-tat and random, three seeds
 
-Prints a line per run of the embedded model: P(C | CC CD DC DD) after training, P(illegal) before
-and after, seconds (of two learners both policies; where a second reward follows the first, the
-largest P(C) at the switch); then the number of misses. An entry that the reward decides must be
-within 0.05 of its 0 or 1; `*` marks the entries it leaves open.
+Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
+two learners both policies; where a second reward follows the first, the largest P(C) at the
+switch); then the number of misses. An entry that the reward decides must be within 0.05 of its 0 or
+1; `*` marks the entries it leaves open.
 
-Two runs at a time, one thread each.
+Runs of the embedded model: two at a time, one thread each. Those of another one go one by one to
+results/learning; what is finished is skipped, so the command may be stopped and given again.
 """
 
 import argparse
@@ -18,18 +21,17 @@ import csv
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
 
 import numpy as np
 
 from envs import STATES, payoff_matrix
+from grid import ROOT, train
 from rewards import REWARDS, optimum
 
 BEST = {reward: optimum(reward, payoff_matrix("ipd")) for reward in REWARDS}
@@ -37,18 +39,13 @@ BEST = {reward: optimum(reward, payoff_matrix("ipd")) for reward in REWARDS}
 BEST_OF_THE_FUTURE = np.array([1, math.nan, math.nan, math.nan])
 
 
-def measure(out, reward, best, *options):
+def measure(out, environment, reward, best, *options):
     """One run of train.py in a process of its own: prints its line, returns whether it is right.
 
     best: P(C | state) as it should be, [state]; NaN: open
     """
     words = [str(option) for option in options]
-    subprocess.run(
-        [sys.executable, ROOT / "train.py", "--reward", reward, "--out", out, *words],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    train(out, ["--reward", reward, *words], environment)
     result = json.loads((out / "result.json").read_text())
     policies = [list(result["policy_after"].values())]
     if "opponent_policy_after" in result:
@@ -85,8 +82,19 @@ def cooperation_at_switch(out, reward):
                 return max(float(row[f"P(C|{state})"]) for state in STATES)
 
 
+def jobs_of_model(model, seeds):
+    """(reward, best, options of train.py) of each run of a model that is not the embedded one."""
+    jobs = []
+    for opponent in ("tit-for-tat", "random"):
+        for seed in seeds:
+            for reward in REWARDS:
+                options = ["--opponent", opponent, "--seed", seed, "--model", model]
+                jobs.append((reward, BEST[reward], *options))
+    return jobs
+
+
 def list_jobs(seeds):
-    """(reward, best, options of train.py) of each run."""
+    """(reward, best, options of train.py) of each run of the embedded model."""
     jobs = []
     for opponent in ("tit-for-tat", "random", "learner"):
         for reward in REWARDS:
@@ -107,14 +115,25 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    seeds = "runs of each kind (free sampling: at most 3)"
-    parser.add_argument("--seeds", type=int, default=5, help=seeds)
-    jobs = list_jobs(range(1, parser.parse_args().seeds + 1))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        running = []
-        for i, job in enumerate(jobs):
-            running.append(pool.submit(measure, Path(folder) / str(i), *job))
-        misses = sum(not run.result() for run in running)
+    help = "runs of each kind [5; free sampling 3; of another model 3]"
+    parser.add_argument("--seeds", type=int, help=help)
+    parser.add_argument("--model", default="tiny", help="a folder or a name on the hub [tiny]")
+    args = parser.parse_args()
+    environment = dict(os.environ)
+    if args.model == "tiny":
+        jobs = list_jobs(range(1, (args.seeds or 5) + 1))
+        environment["OMP_NUM_THREADS"] = "1"
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            running = []
+            for i, job in enumerate(jobs):
+                running.append(pool.submit(measure, Path(folder) / str(i), environment, *job))
+            misses = sum(not run.result() for run in running)
+    else:
+        jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1)), 0
+        folder = ROOT / "results" / "learning" / Path(args.model).name
+        for reward, best, *options in jobs:
+            out = folder / f"{reward}-vs-{options[1]}-seed{options[3]}"
+            misses += not measure(out, environment, reward, best, *options)
     print(f"{len(jobs)} runs, {misses} misses")
     sys.exit(misses > 0)
 

@@ -5,14 +5,20 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import figures
 import report
+from agents import Evaluator
 from conftest import (
+    ROOT,
     copy_run,
     cut_file,
     narrow_matrices,
+    player_of,
     read_json,
     read_metrics,
     refused,
@@ -34,7 +40,7 @@ from envs import (
     payoff_matrix,
     play,
 )
-from prompts import NAMES
+from prompts import NAMES, Condition
 from rewards import REWARDS, reward_array
 
 
@@ -352,3 +358,32 @@ def test_pictures_need_matplotlib(run, tmp_path, capsys, monkeypatch):
     with refused(capsys, "--plot", "tests/requirements.txt"):
         evaluate.main([str(run), "--plot", str(tmp_path / "figures")])
     assert not (tmp_path / "figures").exists()
+
+
+def test_drift_is_that_of_the_plain_models(run, tiny, tmp_path):
+    """KL and perplexity on prose against the base and the model with PEFT's adapter."""
+    _, tokenizer = tiny
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), run)
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
+    ids = tokenizer((ROOT / "studies" / "prose.txt").read_text())["input_ids"][:1024]
+    divergences, surprises = [], []
+    for start in range(0, 1024, 64):
+        chunk = torch.tensor(ids[start : start + 64])
+        with torch.no_grad():
+            own, other = (m(chunk[None]).logits[0, :-1].log_softmax(-1) for m in (base, tuned))
+        divergences.append(
+            torch.nn.functional.kl_div(other, own, reduction="none", log_target=True)
+        )
+        for log_probs, sign in ((other, 1), (own, -1)):
+            surprises.append(sign * torch.nn.functional.nll_loss(log_probs, chunk[1:]).item())
+    drift = Evaluator(read_json(run / "config.json")).drift(run)
+    assert drift["kl"] == pytest.approx(torch.stack(divergences).sum(-1).mean().item(), rel=1e-3)
+    assert drift["kl"] > 1e-4
+    assert drift["perplexity"] == pytest.approx(np.exp(2 * np.mean(surprises)), rel=1e-3)
+    said = []
+    for wording in ("choice", "game", "game_state"):
+        condition = Condition(wording=wording)
+        said.append(player_of(*tiny, condition, free=True)[..., :2].sum(-1).mean())
+    assert drift["names_untuned"] == pytest.approx(np.mean(said)) and drift["names"] != np.mean(
+        said
+    )

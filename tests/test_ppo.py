@@ -138,7 +138,7 @@ def test_update_oracle(epochs):
         log_probs, _ = plain_passes(theirs, TEXTS, ANSWERS)
         reference, _ = plain_passes(theirs, TEXTS, ANSWERS, reference=True)
     samples = samples_by_hand(acted, rounds, reference, 0.3, 0)
-    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-5)
     clear = [torch.ones_like(parameter, dtype=bool) for parameter in theirs.parameters()]
     for _ in range(epochs):
         expected, _ = losses_by_hand(theirs, samples, 0.2)
@@ -245,3 +245,30 @@ def test_not_finite_gradients_are_skipped_and_counted():
     assert learner.update(act(policy), *rounds)["skipped"] == 10
     assert learner.skipped_in_a_row == 0
     assert not all(map(torch.equal, before, parameters))
+
+
+def test_diagnostics_by_hand():
+    """After a step: entropy and KL of the table that was sampled, the clip and the old values."""
+    learner = Learner((policy := adapted_policy("llama")).parameters(), lr=1e-12, epochs=1)
+    acted = perturbed(act(policy))
+    prompt, action, reward = drawn_rounds()
+    stats = learner.update(acted, prompt, action, reward)
+    entropies, ratios = [], []
+    for p, a in zip(prompt.ravel(), action.ravel()):
+        row = acted.probabilities[p]
+        entropies.append(-sum(row * acted.log_probs[p]))
+        ratios.append(np.exp(act(policy).log_probs[p, a] - acted.log_probs[p, a]))
+    assert stats["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    clipped = np.mean([abs(ratio - 1) > 0.2 for ratio in ratios])
+    assert 0 < clipped < 1 and stats["clipped"] == pytest.approx(clipped)
+    scaled = (reward - reward.mean()) / reward.std()
+    target = scaled - 0.2 * (acted.log_probs - acted.reference)[prompt, action]
+    left = np.var(target - acted.values[prompt]) / np.var(target)
+    assert stats["explained_variance"] == pytest.approx(1 - left, rel=1e-3)
+
+
+def test_a_fixed_beta():
+    policy = adapted_policy("llama")
+    learner = Learner(policy.parameters(), lr=1e-3, kl_coef=0.3, kl_target=None)
+    learner.update(act(policy), *drawn_rounds())
+    assert learner.kl_coef == 0.3

@@ -8,6 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import agents
@@ -134,7 +135,7 @@ def test_metrics(runs):
         assert float(row["accuracy"]) == pytest.approx(cooperation, abs=1e-5)
     assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6)  # it starts as the base model
     assert float(rows[-1]["kl"]) > 1e-4
-    embedded, _ = DEFAULTS["kl_coef"]
+    embedded, *_ = DEFAULTS["kl_coef"]
     assert float(rows[0]["kl_coef"]) == embedded > float(rows[1]["kl_coef"])
 
 
@@ -228,16 +229,40 @@ def test_last_batch_may_be_smaller(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_any_causal_model_trains(kind, tmp_path, tiny):
-    """Another architecture, random weights, the embedded tokenizer, the paper's defaults."""
+    """Another architecture, random weights, the embedded tokenizer; its defaults, the paper's."""
     folder = tmp_path / "model"
     model = random_model(kind)
     model.resize_token_embeddings(len(tiny[1]))
     model.save_pretrained(folder)
     tiny[1].save_pretrained(folder)
     options = ["--reward", "utilitarian", "--model", str(folder), "--episodes", "2"]
-    run_training(tmp_path / "run", *options)
-    config = read_json(tmp_path / "run" / "config.json")
-    assert (config["rank"], config["batch"], config["lr"]) == (64, 1, 1.41e-5)
+    shown = ("sampling", "rank", "batch", "lr", "epochs")
+    for extra, expected in (
+        ([], ("free", 16, 256, 3e-4, 1)),
+        (["--paper"], ("free", 64, 1, 1.41e-5, 4)),
+    ):
+        run_training(tmp_path / "run", *options, *extra, "--overwrite")
+        config = read_json(tmp_path / "run" / "config.json")
+        assert tuple(config[key] for key in shown) == expected
+
+
+def test_a_fixed_beta_and_chosen_layers(tmp_path, capsys):
+    out = tmp_path / "run"
+    run_training(out, "--reward", "game", *SHORT, "--kl-fixed", "--targets", "q_proj", "v_proj")
+    assert {row["kl_coef"] for row in read_metrics(out)} == {"0.5"}
+    adapted = {key.split(".")[-3] for key in load_file(out / "adapter_model.safetensors")}
+    assert adapted == {"q_proj", "v_proj"}
+    with refused(capsys, "--targets", "no linear layer qproj"):
+        run_training(tmp_path / "other", "--reward", "game", "--targets", "qproj")
+
+
+def test_a_name_that_is_hardly_ever_said_is_warned_of(tmp_path, capsys):
+    run_training(tmp_path / "run", "--reward", "game", *SHORT)
+    assert "warning" not in capsys.readouterr().err
+    options = ["--reward", "game", "--actions", "action", "action1", *SHORT]
+    run_training(tmp_path / "other", *options)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "--actions" in warnings[0] and "'action'" in warnings[0]
 
 
 def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
