@@ -97,14 +97,13 @@ def add_adapter(model, name, rank, alpha, targets=None):
     """
     layers = linear_layers(model)
     if targets is not None:
-        known = {*layers, *(path.rpartition(".")[2] for path in layers)}
-        missing = sorted(set(targets) - known)
+        named = {path: {path, path.rpartition(".")[2]} & set(targets) for path in layers}
+        missing = sorted(set(targets).difference(*named.values()))
         if missing:
             raise ValueError(
                 f"the adapter is for another model: this one has no linear layer {missing[0]}"
             )
-        wanted = {path for path in layers if {path, path.rpartition(".")[2]} & set(targets)}
-        layers = {path: layer for path, layer in layers.items() if path in wanted}
+        layers = {path: layers[path] for path, names in named.items() if names}
     if not layers:
         raise ValueError("the model has no linear layers to adapt")
     for layer in lora_layers(model).values():

@@ -97,11 +97,6 @@ def gae(rewards, values, gamma):
     return advantages
 
 
-def explained_variance(values, targets):
-    """1 - Var(target - value) / Var(target), tensors [N] -> scalar; NaN where targets are equal."""
-    return 1 - (targets - values).var() / targets.var()
-
-
 class Learner:
     """What changes in training besides the weights: optimizer, running moments, KL coefficient.
 
@@ -184,8 +179,8 @@ class Learner:
 
         # Report, and adapt beta to the KL that was sampled.
         self.count_skipped(finite)
-        losses = policy_loss, value_loss, ratio
-        stats = self.report(acted, prompt, *losses, explained_variance(old_value, target))
+        explained = 1 - (target - old_value).var() / target.var()
+        stats = self.report(acted, prompt, policy_loss, value_loss, ratio, explained)
         if finite and self.kl_target is not None:
             mean, size = kl_sample.mean(), kl_sample.size
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean, self.kl_target, size)

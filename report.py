@@ -10,8 +10,25 @@ import math
 
 import numpy as np
 
-from envs import ILLEGAL, STATES, C, by_state, describe
+from envs import ILLEGAL, STATES, STRATEGIES, C, by_state
 from prompts import action_names
+
+
+def describe(player):
+    """A player in a word: the classic strategy within 0.1 of it, or what it does after C."""
+    mean = player.mean(axis=1)
+    if mean[:, ILLEGAL:].sum() > 2:  # of the four states
+        return "mostly illegal"
+    p = mean[:, C] / mean[:, :ILLEGAL].sum(axis=1)
+    for name, strategy in STRATEGIES.items():
+        if np.abs(p - strategy).max() <= 0.1:
+            return name.replace("-", " ")
+    after_cooperation = p[[0, 2]]
+    if after_cooperation.min() >= 0.9:
+        return "never betrays a cooperator"
+    if after_cooperation.max() <= 0.1:
+        return "always betrays a cooperator"
+    return "no classic strategy"
 
 
 def print_policies(before, after):

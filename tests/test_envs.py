@@ -10,13 +10,13 @@ from envs import (
     C,
     D,
     action_counts,
-    describe,
     memory_one,
     opening,
     other_side,
     payoff_matrix,
     play,
 )
+from report import describe
 
 ALWAYS = {}
 for move in (C, D, ILLEGAL):
