@@ -11,7 +11,10 @@ results/MODEL/figures.
 
 import json
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from figures import check_matplotlib
 from grid import ROOT, grid_parser, markdown, run_script, train_all

@@ -14,8 +14,11 @@ entries of the policy, in pairs of names never seen, are within 0.05 of the opti
 import json
 import math
 import os
+import sys
 from itertools import cycle
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
