@@ -16,7 +16,6 @@ the untuned model, `groups[i].games[game]` the same with a mean and ci95 at each
 `.axes[axis][value]` of each agent with --axes. More questions: the scripts in studies/.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from envs import (
     payoff_matrix,
     play,
 )
-from options import number, parse_strategy
+from options import number, parse_strategy, program_parser
 from prompts import LAYOUTS, PERSONAS, TEMPLATES, Condition, check_names, check_template
 from report import group_by_seed, print_results
 from rewards import REWARDS, deontological_regret, reward_array, utilitarian_regret
@@ -54,13 +53,7 @@ AXES = {  # what --axes varies, one thing at a time, on the first --game
 
 def condition_parser(prog, description, games=tuple(GAMES)):
     """The options that evaluate.py shares with the studies: which runs, in what condition."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser(prog, description)
     option = parser.add_argument
     help = "run folders that train.py wrote, all of one base model"
     option("runs", nargs="+", type=Path, metavar="RUN", help=help)

@@ -56,14 +56,19 @@ count, positive = number(int, 1, 10**9), number(float, 0, above=True)
 non_negative = number(float, 0)
 
 
-def train_parser(description):
-    parser = argparse.ArgumentParser(
-        prog="train.py",
+def program_parser(prog, description):
+    """A parser whose help is the file's docstring and whose errors are one line."""
+    return argparse.ArgumentParser(
+        prog=prog,
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def train_parser(description):
+    parser = program_parser("train.py", description)
 
     def option(flag, help, **kwargs):
         key = flag[2:].replace("-", "_")

@@ -1,6 +1,5 @@
 """Shared by the studies: grids of runs that may be stopped and given again, and their tables."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -12,19 +11,13 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from options import number
+from options import number, program_parser
 from report import show
 
 
 def grid_parser(prog, description, results):
     """The options of all grids; `results`: what --results is by default, in words."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser(prog, description)
     help = "runs of each kind [5]"
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=5, help=help)
     help = f"folder for what is written [{results}]"
