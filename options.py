@@ -114,8 +114,7 @@ def train_parser(description):
     option("--prompt", help, **listed, choices=TEMPLATES, metavar="WORDING", default=["structured"])
 
     # How much is played, and what it earns.
-    help = "the paper's settings: 1000 updates of one episode, hours on a CPU with a real model"
-    option("--paper", help, action="store_true")
+    option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
     option("--rounds", "rounds per episode", type=count, default=5)
@@ -126,7 +125,7 @@ def train_parser(description):
     option("--lr", "Adam's learning rate", type=positive)
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=positive)
-    help = "names of the linear layers that are adapted, such as q_proj [all but the output head]"
+    help = "adapted linear layers, such as q_proj [all but the output head]"
     option("--targets", help, **listed, metavar="LAYER")
     option("--epochs", "optimizer steps per update", type=count)
     option("--clip", "PPO's clip of the ratio and of the value", type=positive, default=0.2)
@@ -135,8 +134,8 @@ def train_parser(description):
     option("--kl-target", help, type=positive, default=6.0)
     option("--kl-fixed", "beta stays as it is", action="store_true")
     option("--vf-coef", "weight of the value loss", type=non_negative, default=0.1)
-    help = "discount per round; 0: each round is its own sample"
-    option("--gamma", help, type=number(float, 0, 1), default=0.0)
+    discount = number(float, 0, 1)
+    option("--gamma", "discount; 0: each round is its own sample", type=discount, default=0.0)
 
     # Where and how it runs.
     option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)
