@@ -17,7 +17,7 @@ from runs import check_out, read_config, user_error
 # None on the command line means: take them from here.
 DEFAULTS = {
     "sampling": ("constrained", "free", "free"),
-    "episodes": (25600, 10240, 1000),
+    "episodes": (25600, 8192, 1000),
     "batch": (256, 256, 1),
     "lr": (3e-3, 3e-4, 1.41e-5),
     "rank": (8, 16, 64),

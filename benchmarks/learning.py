@@ -13,7 +13,8 @@ switch); then the number of misses. An entry that the reward decides must be wit
 1; `*` marks the entries it leaves open.
 
 Runs of the embedded model: two at a time, one thread each. Those of another one go one by one to
-results/learning; what is finished is skipped, so the command may be stopped and given again.
+results/MODEL/runs, where studies/paper.py has its own; what is finished is skipped, so the command
+may be stopped and given again.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def main():
             misses = sum(not run.result() for run in running)
     else:
         jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1)), 0
-        folder = ROOT / "results" / "learning" / Path(args.model).name
+        folder = ROOT / "results" / Path(args.model).name / "runs"
         for reward, best, *options in jobs:
             out = folder / f"{reward}-vs-{options[1]}-seed{options[3]}"
             misses += not measure(out, environment, reward, best, *options)

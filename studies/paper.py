@@ -1,7 +1,7 @@
 """The paper's grid: six kinds of training, a fixed and a learning opponent, five seeds.
 
-    python studies/paper.py                                 # the embedded model: 23 minutes
-    python studies/paper.py --model google/gemma-2-2b-it    # any other model: a GPU (not run here)
+    python studies/paper.py                     # the embedded model: 23 minutes
+    python studies/paper.py --model FOLDER      # any other one, two learners with two seeds
 
 Free sampling. Runs go to results/MODEL/runs; what is finished is skipped and what was interrupted
 is resumed, so the command may be stopped and given again. The evaluation (random opponent, names
@@ -28,7 +28,6 @@ KINDS = {  # paper, sections 5.1 to 5.3
     "game-then-deontological": ["game", "--then", "deontological"],
     "game-then-utilitarian": ["game", "--then", "utilitarian"],
 }
-OPPONENTS = ("tit-for-tat", "learner")
 
 
 def main():
@@ -41,10 +40,11 @@ def main():
     check_matplotlib("--results")
     embedded = args.model == "tiny"
     folder = args.results or ROOT / "results" / Path(args.model).name
-    grid = list(runs(args.model, args.seeds, folder / "runs"))
+    seeds = {"tit-for-tat": args.seeds, "learner": args.seeds if embedded else min(args.seeds, 2)}
+    grid = list(runs(args.model, seeds, folder / "runs"))
     jobs = args.jobs or (os.cpu_count() if embedded else 1)
     train_all(grid, jobs, threads=1 if embedded else None)
-    for opponent in OPPONENTS:
+    for opponent in seeds:
         outs = []
         for kind in KINDS:
             outs += [out for out, _ in grid if out.name.startswith(f"{kind}-vs-{opponent}-")]
@@ -57,14 +57,12 @@ def main():
 
 
 def runs(model, seeds, folder):
-    """(run folder, options of train.py) of every run, one seed after the other."""
-    for seed in range(1, seeds + 1):
-        for opponent in OPPONENTS:
+    """(run folder, options of train.py) of every run; `seeds`: opponent -> how many."""
+    for opponent, count in seeds.items():
+        for seed in range(1, count + 1):
             for kind, rewards in KINDS.items():
                 options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
                 options += ["--sampling", "free", "--model", model]
-                if opponent == "learner" and model != "tiny":
-                    options += ["--rounds", "3"]  # the paper's, to save memory
                 yield folder / f"{kind}-vs-{opponent}-seed{seed}", options
 
 

@@ -3,12 +3,16 @@
     python studies/transfer.py              # trains and tests four rewards, more and more things
                                             # varied: half an hour on two cores
     python studies/transfer.py --seeds 1    # a quick look
+    python studies/transfer.py --model FOLDER    # any other model: two seeds, two hours
     python studies/transfer.py runs/*       # tests these runs
 
 Without runs of your own: 5 seeds on the embedded model, 3 where layouts or games vary. Runs go to
-results/transfer/runs; what is finished is skipped and what was interrupted is resumed. Written are
-transfer.json, .md and .png (a heat map); for agents that saw many names, names.txt says how many
-entries of the policy, in pairs of names never seen, are within 0.05 of the optimum.
+results/MODEL/transfer/runs; what is finished is skipped and what was interrupted is resumed.
+Written are transfer.json, .md and .png (a heat map); for agents that saw many names, names.txt says
+how many entries of the policy, in pairs of names never seen, are within 0.05 of the optimum.
+
+At test the answer is always one of the two names (constrained sampling): 0.5 is a coin, and 0 the
+very opposite of what the reward asks for.
 """
 
 import json
@@ -24,7 +28,7 @@ import numpy as np
 
 from agents import Evaluator
 from envs import STATES, C, by_state, payoff_matrix, random_game
-from evaluate import check_free, one_value, read_configs
+from evaluate import check_free, read_configs
 from figures import check_matplotlib, plot_heat_map, pyplot, save
 from grid import ROOT, grid_parser, markdown, train_all
 from prompts import action_names, first_condition
@@ -43,17 +47,24 @@ VARIED = {  # in training; never NEW_LAYOUT, NEW_WORDING or NEW_NAMES
     "names, layout": [*SHORT, *LAYOUTS],
     "names, layout, game": [*LONG, *LAYOUTS, "--game", "random"],
 }
-# What is new at test: names that are not in prompts.NAMES, in both roles; a layout; a wording;
-# random games, always the same ones.
+VARIED_LARGE = {  # the same for any other model
+    "nothing": [],
+    "names": ["--episodes", "15360", *NAMES],
+    "names, layout, game": ["--episodes", "20480", *LAYOUTS, "--game", "random"],
+}
+# What is new at test: the names of training in each other's role; names that are not in
+# prompts.NAMES, in both roles; a layout; a wording; random games, always the same ones.
 NEW_PAIRS = (("action3", "action4"), ("K", "X"), ("moon", "river"), ("A", "B"))
 NEW_NAMES = [names for pair in NEW_PAIRS for names in (pair, pair[::-1])]
-NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 24
+NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
 WRITTEN = ("transfer.json", "transfer.md", "transfer.png")
 
 
 def main(argv=None):
-    default = "results/transfer; of RUNs of your own nothing is written"
+    default = "results/MODEL/transfer; of RUNs of your own nothing is written"
     parser = grid_parser("transfer.py", __doc__, default)
+    help = "'tiny' (embedded), a folder, or a name on the hub [tiny]"
+    parser.add_argument("--model", default="tiny", help=help)
     help = "run folders of your own, instead of the grid"
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help=help)
     help = "replace the files that are written"
@@ -72,9 +83,12 @@ def main(argv=None):
         if args.results:
             write(results, args.results)
         return
-    folder = args.results or ROOT / "results" / "transfer"
-    grid = list(training_grid(args.seeds, folder / "runs"))
-    train_all(grid, os.cpu_count(), threads=1)
+    folder = args.results or ROOT / "results" / Path(args.model).name / "transfer"
+    grid = list(training_grid(args.model, args.seeds, folder / "runs"))
+    if args.model == "tiny":
+        train_all(grid, os.cpu_count(), threads=1)
+    else:
+        train_all(grid, 1)
     outs = [out for out, _ in grid]
     results = measure_runs(outs)
     write(results, folder)
@@ -84,21 +98,26 @@ def main(argv=None):
     print(
         f"\nEntries within 0.05 of the optimum in new names, varied in training: names\n{entries}"
     )
-    for kind in VARIED:
+    for kind in varied(args.model):
         own = [out for out in outs if f"-varied-{slug(kind)}-seed" in out.name]
         seconds = [json.loads((out / "result.json").read_text())["seconds"] for out in own]
         print(f"Training where {kind} varies: {min(seconds):.0f} to {max(seconds):.0f} s")
 
 
-def training_grid(seeds, folder):
+def varied(model):
+    """What varies in training -> the options of train.py."""
+    return VARIED if model == "tiny" else VARIED_LARGE
+
+
+def training_grid(model, seeds, folder):
     """(run folder, options of train.py) of every run."""
-    for reward in MORALS:
-        for kind, options in VARIED.items():
-            count = seeds if kind in ("nothing", "names") else min(seeds, 3)
-            for seed in range(1, 1 + count):
+    for kind, options in varied(model).items():
+        most = 5 if kind in ("nothing", "names") else 3
+        for seed in range(1, 1 + min(seeds, most if model == "tiny" else 2)):
+            for reward in MORALS:
                 out = folder / f"{reward}-varied-{slug(kind)}-seed{seed}"
-                own = ["--reward", reward, "--opponent", "random", *options, "--seed", seed]
-                yield out, own
+                own = ["--reward", reward, "--opponent", "random", "--model", model]
+                yield out, [*own, *options, "--seed", seed]
 
 
 def slug(kind):
@@ -120,6 +139,7 @@ def new_conditions(condition):
         several.append(game._replace(names=names, layout=NEW_LAYOUT))
     return {
         "nothing": [condition],
+        "roles": [condition._replace(names=condition.names[::-1])],
         "names": [condition._replace(names=names) for names in NEW_NAMES],
         "layout": [condition._replace(layout=NEW_LAYOUT)],
         "wording": [condition._replace(wording=NEW_WORDING)],
@@ -136,13 +156,12 @@ def measure_runs(runs):
     """
     with user_error("RUN", ValueError, OSError):
         configs = read_configs(runs)
-        one_value(configs, "sampling", "test them apart")
         if len({training_condition(config) for config in configs}) > 1:
             raise ValueError(
                 "the runs differ in the first game, names, layout or wording of their training, "
                 "from which this test starts: test them apart"
             )
-        evaluator = Evaluator(configs[0])
+        evaluator = Evaluator(configs[0], "constrained")
         baseline = {"transfer": accuracies(evaluator, None, configs[0])}
         agents = []
         for run, config in zip(runs, configs):
@@ -174,7 +193,7 @@ def accuracies(evaluator, run, config):
 
 def new_name_entries(runs):
     """For each reward: how many entries of the policy that it decides are near the optimum."""
-    evaluator = Evaluator(read_config(runs[0]))
+    evaluator = Evaluator(read_config(runs[0]), "constrained")
     misses = {}
     for run in runs:
         reward = read_config(run)["reward"]

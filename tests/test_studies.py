@@ -204,6 +204,7 @@ def test_transfer(run, tiny, tmp_path, capsys, monkeypatch):
         assert before[reward] == pytest.approx(
             {
                 "nothing": accuracy(reward, "ipd", old, "original", "structured"),
+                "roles": accuracy(reward, "ipd", old[::-1], "original", "structured"),
                 "names": mean(reward, ["ipd"] * 8, new, "original", "structured"),
                 "layout": accuracy(reward, "ipd", old, "both", "structured"),
                 "wording": accuracy(reward, "ipd", old, "original", "unstructured"),
@@ -293,13 +294,18 @@ def bad(run, tmp_path_factory):
         ("{bad}/wrong", ["RUN", "another model"]),
         ("{bad}/gone", ["RUN", "no/such"]),
         ("{run} {bad}/gone", ["RUN", "differ in their model"]),
-        ("{run} {bad}/free", ["RUN", "differ in their sampling"]),
     ],
 )
 def test_runs_that_cannot_be_studied(study, runs, words, run, bad, capsys, monkeypatch):
     monkeypatch.setattr(transfer, "NEW_GAMES", 2)
     with refused(capsys, *words):
         study.main(runs.format(run=run, bad=bad).split())
+
+
+@pytest.mark.parametrize("study", [society, ask])
+def test_runs_of_two_kinds_of_sampling(study, run, bad, capsys):
+    with refused(capsys, "RUN", "differ in their sampling", "--sampling"):
+        study.main([str(run), str(bad / "free")])
 
 
 def test_transfer_starts_from_one_condition(run, bad, capsys):
@@ -378,22 +384,24 @@ def parsed(options):
 
 @pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
 def test_the_papers_grid(model, tmp_path):
-    runs = list(paper.runs(model, 5, tmp_path))
-    assert len(runs) == len({out for out, _ in runs}) == 60
+    runs = list(paper.runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path))
+    assert len(runs) == len({out for out, _ in runs}) == 6 * (5 + 2)
     settings = set()
     for out, options in runs:
         args = parsed(options)
         assert (args.model, args.sampling) == (model, "free") and out.parent == tmp_path
-        assert args.rounds == (3 if model != "tiny" and args.opponent == ["learner"] else 5)
         settings.add((args.reward, *args.then, *args.opponent, args.seed))
         words = "-then-".join([args.reward, *args.then])
         assert out.name == f"{words}-vs-{args.opponent[0]}-seed{args.seed}"
-    assert len(settings) == 60
+    assert len(settings) == 6 * (5 + 2)
 
 
-def test_the_grid_of_transfer_never_shows_what_is_new_at_test(tmp_path):
-    runs = list(transfer.training_grid(5, tmp_path))
-    assert len(runs) == len({out for out, _ in runs}) == 4 * (5 + 5 + 3 + 3)
+@pytest.mark.parametrize(
+    "model, count", [("tiny", 4 * (5 + 5 + 3 + 3)), ("google/gemma-2-2b-it", 4 * 3 * 2)]
+)
+def test_the_grid_of_transfer_never_shows_what_is_new_at_test(model, count, tmp_path):
+    runs = list(transfer.training_grid(model, 5, tmp_path))
+    assert len(runs) == len({out for out, _ in runs}) == count
     tested = {name for names in transfer.NEW_NAMES for name in names}
     kinds = set()
     for _, options in runs:
@@ -403,9 +411,8 @@ def test_the_grid_of_transfer_never_shows_what_is_new_at_test(tmp_path):
         assert transfer.NEW_WORDING not in args.prompt
         varied = args.actions == ["random"], len(args.layout) > 1, args.game == ["random"]
         kinds.add((args.reward, *varied, args.seed))
-        assert args.opponent == ["random"]
+        assert args.opponent == ["random"] and args.model == model
     assert len(kinds) == len(runs)
-    assert len(list(transfer.training_grid(1, tmp_path))) == 4 * 4
 
 
 @pytest.mark.parametrize("name", ["transfer", "paper"])
