@@ -1,11 +1,9 @@
 """Who plays: the model with adapters of its own, on either side of the game.
 
-Agent      an adapter and a value head; its Policy on the prompts of any condition
-setup      train.py's settings -> the agents that learn, and whom they meet
-Evaluator  the base model of finished runs, which plays as the agent of any of them
+Agent   an adapter and a value head; its Policy on the prompts of any condition
+setup   train.py's settings -> the agents that learn, and whom they meet
 """
 
-import math
 import sys
 from functools import lru_cache
 from itertools import product
@@ -14,18 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from envs import ILLEGAL, as_player, memory_one
+from envs import as_player, memory_one
 from lora import adapter, add_adapter, load_adapter
-from models import check_device, checkpoint_layers, encode, load_model
+from models import ModelError, check_device, checkpoint_layers, encode, load_model
 from options import choices, opponent_strategy
 from policy import Policy, zero_value_head
 from ppo import Learner
-from prompts import Condition, build_prompts, first_condition
-from runs import config_on, load_value_head, user_error
+from program import user_error
+from prompts import build_prompts, first_condition
+from runs import config_on, load_value_head
 
-# Prose that has nothing to do with games, and how much of it is read.
-PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 1024
-UNRELATED = ("choice", "game", "game_state")  # wordings that do not tell the game
 UNHEARD = 1e-3  # an action with less probability than that is too rare to be learned from
 
 
@@ -46,7 +42,7 @@ class Agent:
 
     def build_policy(self, condition):
         """The agent's Policy on the prompts of a Condition."""
-        with user_error("--actions"):
+        with user_error("--actions"), user_error("--model", ModelError):
             texts = build_prompts(condition, self.second)
             prompts, answers = encode(self.tokenizer, texts, condition.names)
         with user_error("--model"):
@@ -134,14 +130,45 @@ def check_prompts(agent, args):
     """Refuse names, wordings and layouts with which training would fail later."""
     _, names, layouts, wordings = choices(args)
     own = first_condition(*choices(args))
-    with user_error("--actions"):  # all names at once: any two of them differ
-        encode(agent.tokenizer, build_prompts(own), names)
+    texts = build_prompts(own)
+    with user_error("--actions"), user_error("--model", ModelError):
+        encode(agent.tokenizer, texts, names)  # all names at once: any two of them differ
+        prompts, answers = encode(agent.tokenizer, texts, own.names)
     hint = "its kind of attention may be one that the token trie cannot run"
     for layout, wording in product(layouts, wordings):
         policy = agent.policy(own._replace(layout=layout, wording=wording))
-        with user_error("--model", ValueError, RuntimeError, hint=hint):
+        with user_error("--model"), user_error("--model", RuntimeError, hint=hint):
             policy.reference  # noqa: B018 - a forward pass
+    with user_error("--model"):
+        check_causal(agent.policy(own), prompts, answers)
     warn_of_unheard(names, np.exp(agent.policy(own).reference).mean(axis=0))
+
+
+@torch.no_grad()
+def check_causal(policy, prompts, answers):
+    """Compare one row of the untuned model with plain passes over that prompt and each answer.
+
+    prompts, answers: token ids
+    Raises ValueError where they differ: the model is no causal decoder, or takes its positions from
+    something else than what it is given.
+    """
+    # The last one in the trie: what it shares with the others stands far from the rest of it.
+    row = max(range(len(prompts)), key=prompts.__getitem__)
+    prompt, trie, difference = prompts[row], policy.shards[0].trie, 0.0
+    for column, (answer, path) in enumerate(zip(answers, trie.paths)):
+        ids = torch.tensor([[*prompt, *answer[:-1]]], device=policy.model.device)
+        with adapter(policy.model, None):
+            logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+        expected = 0.0
+        for scores, (q, [token]) in zip(logits[len(prompt) - 1 :], path):
+            shared = scores if policy.free else scores[trie.children[q]]
+            expected += (scores[token] - torch.logsumexp(shared, dim=-1)).item()
+        difference = max(difference, abs(policy.reference[row, column] - expected))
+    if difference > (0.01 if policy.model.dtype == torch.float32 else 0.5):
+        raise ValueError(
+            f"the model's answers differ by {difference:.2g} nats from those to the plain text: it "
+            "must be a causal decoder that takes the positions and the mask that it is given"
+        )
 
 
 def warn_of_unheard(names, probabilities):
@@ -157,73 +184,3 @@ def warn_of_unheard(names, probabilities):
                 "larger --batch",
                 file=sys.stderr,
             )
-
-
-class Evaluator:
-    """The base model of some runs, which plays as the agent of any of them, or untuned.
-
-    config: of one of the runs;  sampling: by default its own;  names: of the command line
-    """
-
-    def __init__(self, config, sampling=None, names=None):
-        self.model, self.tokenizer = load_model(config["model"], dtype=config["dtype"])
-        self.free = (sampling or config["sampling"]) == "free"
-        self.names = names
-        self.run = None  # whose adapter is loaded
-        self.policy = lru_cache(maxsize=None)(self.build_policy)  # all runs meet all conditions
-
-    def build_policy(self, condition, second, free):
-        own = self.names is None or list(condition.names) == self.names
-        with user_error("--actions" if own else "--axes"):
-            texts = build_prompts(condition, second)
-            prompts, answers = encode(self.tokenizer, texts, condition.names)
-        return Policy(self.model, "agent", prompts, answers, free)
-
-    def load(self, run):
-        """Take the adapter of a run folder. Raises OSError or ValueError."""
-        if run != self.run:
-            load_adapter(self.model, "agent", run)
-            self.run = run
-
-    @torch.no_grad()
-    def drift(self, run):
-        """What training did to the model beside the game: dict of floats.
-
-        kl:         KL(base || tuned) per token of prose, nats
-        perplexity: of the tuned model there, over that of the base
-        names, names_untuned: probability of answering with an action name to UNRELATED prompts,
-                    of the tuned model and of the base
-        """
-        self.load(run)
-        ids = self.tokenizer(PROSE.read_text(), return_tensors="pt")["input_ids"][0]
-        kl, surprise, count = 0.0, 0.0, 0
-        for chunk in ids[:PROSE_TOKENS].to(self.model.device).split(64):
-            with adapter(self.model, None):
-                base = self.model(chunk[None]).logits[0, :-1].float().log_softmax(-1)
-            with adapter(self.model, "agent"):
-                tuned = self.model(chunk[None]).logits[0, :-1].float().log_softmax(-1)
-            kl += (base.exp() * (base - tuned)).sum().item()
-            surprise += (base - tuned).gather(1, chunk[1:, None]).sum().item()
-            count += len(chunk) - 1
-        answered = []
-        for wording in UNRELATED:
-            policy = self.policy(Condition(wording=wording), False, True)
-            legal = [policy.probabilities(reference)[:, :ILLEGAL] for reference in (False, True)]
-            answered.append([p.sum(axis=1).mean() for p in legal])
-        names, names_untuned = np.mean(answered, axis=0).tolist()
-        return {
-            "kl": kl / count,
-            "perplexity": math.exp(surprise / count),
-            "names": names,
-            "names_untuned": names_untuned,
-        }
-
-    def player(self, run, condition, second=False):
-        """The agent of a run folder (None: the untuned model) as a player [state, order, outcome].
-
-        second: on the other side of the game
-        """
-        if run is not None:
-            self.load(run)
-        policy = self.policy(condition, second, self.free)
-        return as_player(policy.probabilities(reference=run is None))

@@ -67,6 +67,16 @@ def payoff_matrix(game):
     return np.array(GAMES[game] if isinstance(game, str) else game).reshape(2, 2, 2)
 
 
+def own_game(points):
+    """Eight numbers, (own, other's) points in CC CD DC DD, as four cells."""
+    return tuple(zip(points[::2], points[1::2]))
+
+
+def game_name(game):
+    """A key of GAMES as it is, four cells as one string."""
+    return game if isinstance(game, str) else " ".join(f"{own},{other}" for own, other in game)
+
+
 def random_game(rng):
     """Four cells of points, each from 0 to 9."""
     return tuple(map(tuple, rng.integers(10, size=(4, 2)).tolist()))
@@ -207,7 +217,7 @@ def long_run(chain):
     return power
 
 
-def frequencies(player, opponent, rounds, opponent_opening=0.5):
+def frequencies(player, opponent, rounds, opponent_opening=0.5, own_opening=0.5):
     """What `play` shows on average, exactly: share of rounds [state 4, outcome, opponent's move 2].
 
     The last moves are a Markov chain of four states. Both players enter averaged over their name
@@ -215,7 +225,8 @@ def frequencies(player, opponent, rounds, opponent_opening=0.5):
     (`math.inf`): the long run.
     """
     chain = transitions(player, opponent)
-    state = np.repeat([0.5, 0.5], 2) * np.tile([opponent_opening, 1 - opponent_opening], 2)
+    state = np.repeat([own_opening, 1 - own_opening], 2)
+    state = state * np.tile([opponent_opening, 1 - opponent_opening], 2)
     if np.isinf(rounds):
         visits = state @ long_run(chain)
     else:

@@ -7,16 +7,19 @@
 
 An agent is an array of probabilities, 4 states x 4 name orders and its opponent is four numbers,
 so every figure is an expectation over a Markov chain of the last moves: nothing is sampled (unless
---samples asks for it). By default the action names are ones that training never showed. Runs that
-differ only by seed are a group: mean and 95 % confidence interval over its seeds.
+--samples asks for it). By default the action names are ones that training never showed, tested in
+both roles: what prefers a word does the opposite when the names change places. Runs that differ
+only by seed are a group: mean and 95 % confidence interval over its seeds (Student's t).
 
 The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C
-C|D D|C D|D illegal|C illegal|D}, reward and regret {by name}; `baseline.games[game]` the same for
-the untuned model, `groups[i].games[game]` the same with a mean and ci95 at each leaf; and
-`.axes[axis][value]` of each agent with --axes. More questions: the scripts in studies/.
+C|D D|C D|D illegal|C illegal|D}, reward and regret {by name}; `.swapped[game]` the same with the
+names in each other's role, where they are new; `.axes[axis][value]` with --axes; `.answers` the
+most probable answers. `baseline` has the same for the untuned model, `groups[i]` the same with
+mean, ci95 and paper95 (1.96 s / sqrt n) at each leaf. More questions: the scripts in studies/.
 """
 
-import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +32,27 @@ from envs import (
     C,
     by_state,
     frequencies,
+    game_name,
     memory_one,
     opening,
+    own_game,
     payoff_matrix,
     play,
 )
-from options import number, parse_strategy, program_parser
-from prompts import LAYOUTS, PERSONAS, TEMPLATES, Condition, check_names, check_template
+from options import is_run, parse_strategy
+from program import check_free, number, printing, program_parser, user_error
+from prompts import (
+    LAYOUTS,
+    PERSONAS,
+    TEMPLATES,
+    Condition,
+    action_names,
+    check_names,
+    check_template,
+)
 from report import group_by_seed, print_results
 from rewards import REWARDS, deontological_regret, reward_array, utilitarian_regret
-from runs import read_config, user_error
+from runs import read_config, write_json
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
@@ -59,6 +73,8 @@ def condition_parser(prog, description, games=tuple(GAMES)):
     option("runs", nargs="+", type=Path, metavar="RUN", help=help)
     help = f"which games [{' '.join(games)}]"
     option("--game", nargs="+", choices=GAMES, default=list(games), help=help)
+    help = "a game of your own, as for train.py"
+    option("--payoffs", nargs=8, type=number(int), metavar="POINTS", help=help)
     names, help = ("C_NAME", "D_NAME"), "the names of C and D [action3 action4]"
     option("--actions", nargs=2, metavar=names, default=["action3", "action4"], help=help)
     help = "order of the payoff matrix' rows and columns [original]"
@@ -72,6 +88,12 @@ def condition_parser(prog, description, games=tuple(GAMES)):
     option("--rounds", type=number(int, 1, 10**6), default=5, help="rounds per episode [5]")
     help = "[as the runs were trained]"
     option("--sampling", choices=("constrained", "free"), help=help)
+    help = (
+        "which free answers count: prefix, those that begin with a name, as in training; strict, "
+        "those that are nothing else up to the token behind it, as in the authors' tests of other "
+        "wordings [prefix]"
+    )
+    option("--legal", choices=("prefix", "strict"), default="prefix", help=help)
     help = "reward of an illegal answer, points [-6]"
     option("--illegal", type=number(float, high=0), default=-6.0, help=help)
     option("--json", type=Path, metavar="FILE", help="write everything to this file")
@@ -82,7 +104,10 @@ def condition_parser(prog, description, games=tuple(GAMES)):
 def evaluate_parser():
     parser = condition_parser("evaluate.py", __doc__)
     option = parser.add_argument
-    help = f"{', '.join(STRATEGIES)}; or four numbers P(C | CC CD DC DD) [random]"
+    help = (
+        f"{', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); or a run folder, whose agent "
+        "plays on the other side [random]"
+    )
     option("--opponent", nargs="+", default=["random"], help=help)
     help = "play N episodes instead of the exact calculation (the paper: 10)"
     option("--samples", type=number(int, 1, 10**7), metavar="N", help=help)
@@ -90,6 +115,8 @@ def evaluate_parser():
     option("--xi", type=number(float, 0), default=3.0, help=help)
     help = "vary names, layout, wording and persona, one at a time, on the first --game"
     option("--axes", action="store_true", help=help)
+    help = "how many of the most probable answers to show [5 with free sampling, else 0]"
+    option("--answers", type=number(int, 0, 1000), metavar="N", help=help)
     help = "write the figures into this folder (needs matplotlib)"
     option("--plot", type=Path, metavar="DIR", help=help)
     return parser
@@ -105,19 +132,23 @@ def read_runs(args):
         configs = read_configs(args.runs)
         if not args.sampling:
             one_value(configs, "sampling", "choose one with --sampling")
-    check_free("--json", args.json, args.overwrite)
+    if args.json:
+        check_free("--json", args.json, args.overwrite)
     return configs
 
 
-def read_configs(runs):
-    """The settings of runs that are finished and have one base model. Raises ValueError."""
-    if len({run.resolve() for run in runs}) < len(runs):
+def read_configs(runs, again=False):
+    """The settings of runs that are finished and have one base model. Raises ValueError.
+
+    again: the same run may be there twice
+    """
+    if len({run.resolve() for run in runs}) < len(runs) and not again:
         raise ValueError("a run is given twice: it would count as two seeds")
     configs = [read_config(run) for run in runs]
     for run in runs:
         check_finished(run)
-    one_value(configs, "model", "evaluate them apart")
-    one_value(configs, "dtype", "evaluate them apart")
+    for key in ("model", "dtype", "base"):
+        one_value(configs, key, "evaluate them apart")
     return configs
 
 
@@ -131,21 +162,21 @@ def check_finished(run):
 
 def one_value(configs, key, hint):
     """Raise ValueError unless a setting has the same value in all runs."""
-    values = sorted({config[key] for config in configs})
+    values = sorted({str(config.get(key)) for config in configs})
     if len(values) > 1:
         raise ValueError(f"the runs differ in their {key} ({', '.join(values)}): {hint}")
 
 
-def check_free(option, path, overwrite):
-    """Refuse to replace a file that nobody said may be replaced."""
-    with user_error(option):
-        if path and path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: choose another place, or give --overwrite")
+def games_from(args):
+    """The games of the command line: keys of GAMES, or four cells."""
+    return [own_game(args.payoffs)] if args.payoffs else args.game
 
 
 def condition_from(args, game="ipd"):
-    """The Condition of the command line. Raises OSError."""
-    wording = args.prompt_file.read_text() if args.prompt_file else args.prompt
+    """The Condition of the command line. Raises OSError or ValueError."""
+    wording = args.prompt
+    if args.prompt_file:  # the same text, whatever an editor puts around it
+        wording = args.prompt_file.read_text(encoding="utf-8-sig").rstrip("\n")
     return Condition(game, tuple(args.actions), args.layout, wording, args.persona)
 
 
@@ -158,16 +189,16 @@ def sampled_frequencies(player, opponent, rounds, opponent_opening, episodes):
     return share
 
 
-def measure(player, payoffs, strategy, rounds, xi=3.0, illegal=-6.0, samples=None):
-    """All about a player in one game against the memory-one `strategy`: nested dict of floats.
+def measure(player, payoffs, opponent, first, rounds, xi=3.0, illegal=-6.0, samples=None):
+    """All about a player in one game against an opponent: nested dict of floats.
 
-    policy:  P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
-    actions: share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
-    regret:  deontological, utilitarian
+    opponent: [state, order, outcome], from its own side;  first: P(C) of its opening
+    policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
+    actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
+    regret:   deontological, utilitarian; None where there is none
     All are expectations over a Markov chain, or with `samples` means over so many played episodes
     (the policy itself is what it is).
     """
-    opponent, first = memory_one(strategy), opening(strategy)
     if samples:
         share = sampled_frequencies(player, opponent, rounds, first, samples)
     else:
@@ -179,52 +210,104 @@ def measure(player, payoffs, strategy, rounds, xi=3.0, illegal=-6.0, samples=Non
     for name in REWARDS:
         points = reward_array(name, payoffs, xi, illegal)[:, : player.shape[-1]]
         reward[name] = float((share * points).sum())
-    regret = {
-        "deontological": deontological_regret(reward["deontological"]),
-        "utilitarian": float(utilitarian_regret(reward["utilitarian"], payoffs, illegal)),
-    }
+    regret = float(utilitarian_regret(reward["utilitarian"], payoffs, illegal))
     return {
         "policy": by_state(player, C),
         "illegal": by_state(player, ILLEGAL),
         "actions": dict(zip(ACTION_TYPES, actions.T.ravel().tolist())),
         "reward": reward,
-        "regret": regret,
+        "regret": {
+            "deontological": deontological_regret(reward["deontological"]),
+            "utilitarian": None if math.isnan(regret) else regret,
+        },
     }
 
 
 def evaluate(args, configs):
-    """What --json holds, see the module docstring. Raises ValueError or OSError."""
-    from agents import Evaluator
+    """What --json holds, see the module docstring. Raises ValueError or OSError.
 
-    evaluator = Evaluator(configs[0], args.sampling, args.actions)
-    strategy = parse_strategy(args.opponent)
+    Ctrl-C ends it early: then with the runs that were evaluated so far.
+    """
+    from tqdm import tqdm
 
-    def test(run, condition):
-        player, payoffs = evaluator.player(run, condition), payoff_matrix(condition.game)
-        settings = args.rounds, args.xi, args.illegal, args.samples
-        return measure(player, payoffs, strategy, *settings)
+    from evaluator import Evaluator
+
+    evaluator = Evaluator(configs[0], args.sampling, args.legal)
+    answers = args.answers if args.answers is not None else 5 * evaluator.free
+    tests = conditions_of(args, configs, evaluator)
+    bar = tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None)
 
     def agent(run):
-        result = {"games": {game: test(run, condition_from(args, game)) for game in args.game}}
-        if args.axes:
-            result["axes"] = {axis: {} for axis in AXES}
-            for axis, value, condition in axis_conditions(condition_from(args, args.game[0])):
-                result["axes"][axis][value] = test(run, condition)
+        result = {}
+        for path, condition in tests:
+            other = opponent_of(args.opponent, evaluator, condition)
+            player, payoffs = evaluator.player(run, condition), payoff_matrix(condition.game)
+            settings = args.rounds, args.xi, args.illegal, args.samples
+            place = result
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = measure(player, payoffs, *other, *settings)
+            bar.update()
+        if answers:
+            result["answers"] = evaluator.answers(run, tests[0][1], answers)
         return result
 
     results = {}
-    for key in "opponent actions layout prompt persona rounds samples xi illegal".split():
+    settings = "opponent actions layout prompt persona rounds samples xi illegal legal payoffs"
+    for key in settings.split():
         results[key] = getattr(args, key)
     results["sampling"] = args.sampling or configs[0]["sampling"]
     results["prompt_file"] = str(args.prompt_file) if args.prompt_file else None
     results["baseline"], results["runs"] = agent(None), []
     shown = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
-    for run, config in zip(args.runs, configs):
-        settings = {key: config[key] for key in shown}
-        own = {"run": str(run), **settings, **agent(run), "drift": evaluator.drift(run)}
-        results["runs"].append(own)
-    results["groups"] = group_by_seed(results["baseline"], results["runs"], configs)
+    try:
+        for run, config in zip(args.runs, configs):
+            settings = {key: config[key] for key in shown}
+            own = {"run": str(run), **settings, **agent(run), "drift": evaluator.drift(run)}
+            results["runs"].append(own)
+    except KeyboardInterrupt:
+        done = len(results["runs"])
+        print(f"\nstopped: {done} of {len(args.runs)} runs are evaluated", file=sys.stderr)
+        if done == 0:
+            raise SystemExit(130) from None
+    bar.close()
+    known = configs[: len(results["runs"])]
+    results["groups"] = group_by_seed(results["baseline"], results["runs"], known)
     return results
+
+
+def opponent_of(words, evaluator, condition):
+    """(its probabilities [state, order, outcome], P(C) of its opening) in a Condition."""
+    if is_run(words):
+        return evaluator.player(Path(words[0]), condition, second=True), 0.5
+    strategy = parse_strategy(words)
+    return memory_one(strategy), opening(strategy)
+
+
+def conditions_of(args, configs, evaluator):
+    """Where every agent is tested: a list of (path in its results, Condition).
+
+    Names that are new to an agent are tested in both roles. What the model cannot be put into is
+    left out of --axes, with a line that says so.
+    """
+    new = any(not {*args.actions} <= {*action_names(config["actions"])} for config in configs)
+    tests = []
+    for game in games_from(args):
+        condition = condition_from(args, game)
+        tests.append((("games", game_name(game)), condition))
+        if new:
+            swapped = condition._replace(names=condition.names[::-1])
+            tests.append((("swapped", game_name(game)), swapped))
+    if args.axes:
+        for axis, value, condition in axis_conditions(tests[0][1]):
+            try:
+                evaluator.policy(condition)
+            except ValueError as error:
+                left_out = f"{axis} {value} is left out: {error}"
+                print(f"warning: --axes: {left_out}", file=sys.stderr)
+            else:
+                tests.append((("axes", axis, value), condition))
+    return tests
 
 
 def axis_conditions(condition):
@@ -238,13 +321,17 @@ def axis_conditions(condition):
 
 def main(argv=None):
     args = evaluate_parser().parse_args(argv)
-    with user_error("--opponent"):
-        parse_strategy(args.opponent)
     configs = read_runs(args)
+    with user_error("--opponent"):
+        if is_run(args.opponent):
+            read_configs([*args.runs, Path(args.opponent[0])], again=True)
+        else:
+            parse_strategy(args.opponent)
     if args.plot:
         from figures import FIGURES, check_matplotlib, plot_all
 
         check_matplotlib("--plot")
+        check_free("--plot", args.plot, args.overwrite, folder=True)
         for name in FIGURES:
             check_free("--plot", args.plot / name, args.overwrite)
     with (
@@ -252,13 +339,14 @@ def main(argv=None):
         user_error("--samples", MemoryError, hint="lower it or --rounds"),
     ):
         results = evaluate(args, configs)
-    print_results(results)
     with user_error("--json", OSError):
         if args.json:
-            args.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+            write_json(args.json, results)
     with user_error("--plot", OSError):
         if args.plot:
             plot_all(results, args.plot)
+    with printing():
+        print_results(results)
 
 
 if __name__ == "__main__":

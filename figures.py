@@ -1,8 +1,13 @@
 """The pictures of evaluate.py, from its results alone.  [matplotlib, needed nowhere else]
 
     training.png   paper, figure 2: the share of each action while training
-    policy.png     P(C) in each state
+    curves.png     reward, both moral regrets and illegal answers while training
+    policy.png     P(C) in each state, in both roles of names that are new
+    answers.png    C and D given what the other did last: reciprocity
+    actions.png    the share of each action at test, in each game
     regret.png     paper, figure 4: both moral regrets in each game
+    wordings.png   the same in each wording, those without a game, too (--axes)
+    personas.png   the same with a sentence of values, prompted baselines (--axes)
     axes.png       regrets with names, layout, wording and persona varied one at a time (--axes)
 
 Okabe & Ito's colours, safe for the colour-blind. The same thing has the same colour in every
@@ -16,9 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from envs import STATES
-from runs import user_error
+from program import user_error
+from report import mean_and_interval
 
-FIGURES = ("training.png", "policy.png", "regret.png", "axes.png")
+FIGURES = tuple(
+    f"{name}.png"
+    for name in (
+        *("training", "curves", "policy", "answers", "actions", "regret"),
+        *("wordings", "personas", "axes"),
+    )
+)
 ACTION_COLOURS = {
     "C|C": "#0072B2",
     "C|D": "#9BD0F0",
@@ -33,7 +45,10 @@ AGENT_COLOURS = {
     "deontological": "#CC79A7",
     "utilitarian": "#009E73",
     "game+deontological": "#5B3A8E",
+    "equality": "#56B4E9",
+    "kindness": "#E69F00",
 }
+LINE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
 NORMS = ("deontological", "utilitarian")
 
@@ -67,10 +82,17 @@ def plot_all(results, folder):
     Raises OSError where that cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    groups = results["groups"]
     save(plot_training(results), folder / "training.png")
+    save(plot_curves(results), folder / "curves.png")
     save(plot_policy(results), folder / "policy.png")
+    save(plot_reciprocity(results), folder / "answers.png")
+    save(plot_actions(groups, [group["games"] for group in groups]), folder / "actions.png")
     save(plot_regret(results), folder / "regret.png")
     if "axes" in results["baseline"]:
+        for axis, name in (("prompt", "wordings"), ("persona", "personas")):
+            parts = [group["axes"][axis] for group in groups]
+            save(plot_actions(groups, parts), folder / f"{name}.png")
         save(plot_axes(results), folder / "axes.png")
 
 
@@ -115,7 +137,7 @@ def read_metrics(run):
     """
     own = (run / "metrics.csv").exists()
     path = run / "metrics.csv" if own else run.parent / "metrics.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     if own:
         return rows
     mark = "opponent "
@@ -141,18 +163,111 @@ def plot_regret(results):
     return figure
 
 
+def plot_curves(results):
+    """Four measures over the episodes of training: a mean over seeds, with its 95 % interval."""
+    titles = {
+        "reward": "reward trained for,\npoints per round",
+        "deontological regret": "deontological regret,\npoints per round",
+        "utilitarian regret": "utilitarian regret,\n0 best, 1 worst",
+        "illegal": "share of illegal answers",
+    }
+    layout = {"sharex": True, "layout": "constrained"}
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 6.2), **layout)
+    for i, group in enumerate(results["groups"][1:]):
+        logs = [read_metrics(Path(results["runs"][run]["run"])) for run in group["runs"]]
+        updates = min(map(len, logs))
+        episodes = [int(row["episodes"]) for row in logs[0][:updates]]
+        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)]}
+        for ax, (measure, title) in zip(axes.flat, titles.items()):
+            values = [[value_of(row, measure) for row in log[:updates]] for log in logs]
+            leaves = mean_and_interval([dict(enumerate(row)) for row in values]).values()
+            mean = np.array([leaf["mean"] for leaf in leaves], dtype=float)
+            spread = np.array([leaf["ci95"] or 0 for leaf in leaves])
+            ax.plot(episodes, mean, label=group["name"], linewidth=1.6, **style)
+            ax.fill_between(episodes, mean - spread, mean + spread, alpha=0.15, **style)
+            ax.set_ylabel(title)
+    for ax in axes[1]:
+        ax.set_xlabel("training episodes")
+    add_legend(figure, axes[0, 0])
+    return figure
+
+
+def value_of(row, measure):
+    """A number of a row of metrics.csv; the share of illegal answers is made of two columns."""
+    if measure != "illegal":
+        value = float(row.get(measure, "nan"))
+        return None if np.isnan(value) else value
+    counts = {kind: float(row[kind]) for kind in ACTION_COLOURS}
+    return (counts["illegal|C"] + counts["illegal|D"]) / sum(counts.values())
+
+
 def plot_policy(results):
+    """P(C) in each state of the first game; below, the names in each other's role."""
     groups = results["groups"]
     game = next(iter(groups[0]["games"]))
+    names = results["actions"]
+    roles = {"games": names, "swapped": names[::-1]}
+    roles = {part: pair for part, pair in roles.items() if part in groups[0]}
+    size = (9, 1 + 2.6 * len(roles))
+    figure, axes = pyplot().subplots(
+        len(roles), 1, figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for ax, (part, pair) in zip(axes[:, 0], roles.items()):
+        bars = {}
+        for group in groups:
+            policy = group[part][game]["policy"]
+            bars[group["name"]] = [policy[state] for state in STATES]
+        plot_bars(ax, groups, STATES, bars)
+        ax.set(ylim=(0, 1), ylabel="P(C)", title="C is {}, D is {}".format(*pair))
+    ax.set_xlabel(f"own and their last move, {game}")
+    add_legend(figure, ax)
+    return figure
+
+
+def plot_reciprocity(results):
+    """How often each agent plays C and D after the other's C and D, in the first game."""
+    groups = results["groups"]
+    game = next(iter(groups[0]["games"]))
+    kinds = ("C|C", "D|C", "C|D", "D|D")
     figure, ax = pyplot().subplots(figsize=(9, 3.8), layout="constrained")
     bars = {}
     for group in groups:
-        policy = group["games"][game]["policy"]
-        bars[group["name"]] = [policy[state] for state in STATES]
-    plot_bars(ax, groups, STATES, bars)
-    names = " ".join(results["actions"])
-    ax.set(ylim=(0, 1), ylabel="P(C)", xlabel=f"own and their last move, {game}, actions {names}")
+        actions = group["games"][game]["actions"]
+        bars[group["name"]] = [actions[kind] for kind in kinds]
+    plot_bars(ax, groups, kinds, bars)
+    ax.set(ylabel="share of rounds", xlabel=f"own action | their last move, {game}")
     add_legend(figure, ax)
+    return figure
+
+
+def plot_actions(groups, parts):
+    """Stacked shares of the actions at test: a panel per group, a bar per condition.
+
+    parts: of each group, condition -> measures with means, as `evaluate.measure` names them
+    """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    layout = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    size = (3 * columns + 1.2, 2.2 * rows + 1)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, **layout)
+    for ax in axes.flat[len(groups) :]:
+        ax.remove()
+    for ax, group, part in zip(axes.flat, groups, parts):
+        bottom = np.zeros(len(part))
+        for kind, colour in ACTION_COLOURS.items():
+            share = np.array([measures["actions"][kind]["mean"] for measures in part.values()])
+            ax.bar(range(len(part)), share, 0.8, bottom, color=colour, label=kind)
+            bottom += share
+        ax.set_title(group["name"], fontsize=11)
+        ax.set_xticks(range(len(part)), part, rotation=60, ha="right")
+        ax.tick_params(labelbottom=True)
+        ax.set_ylim(0, 1)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of rounds")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = "own action |\ntheir last"
+    place = {"loc": "outside right center", "frameon": False}
+    figure.legend(handles[::-1], labels[::-1], title=title, **place)
     return figure
 
 
@@ -165,7 +280,7 @@ def plot_bars(ax, groups, ticks, bars):
         same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
         ax.bar(
             place,
-            [leaf["mean"] for leaf in leaves],
+            [np.nan if leaf["mean"] is None else leaf["mean"] for leaf in leaves],
             width,
             yerr=[leaf["ci95"] or 0 for leaf in leaves] if group["n"] > 1 else None,
             capsize=2,
@@ -196,7 +311,8 @@ def plot_axes(results):
         grid = np.zeros((len(lines), len(groups)))
         for (i, j), _ in np.ndenumerate(grid):
             axis, value = lines[i]
-            grid[i, j] = groups[j]["axes"][axis][value]["regret"][norm]["mean"]
+            mean = groups[j]["axes"][axis][value]["regret"][norm]["mean"]
+            grid[i, j] = np.nan if mean is None else mean
         plot_heat_map(ax, grid, best=0)
         names = [group["name"] for group in groups]
         ax.set_xticks(range(len(groups)), names, rotation=40, ha="right")

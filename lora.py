@@ -15,15 +15,29 @@ copy of the weights. Several named adapters can share one base; at most one of t
 
 import json
 import math
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
+
+# adapter_config.json: keys that plain LoRA may have at any value, and those that it has at one of
+# some. Any other key must be off: null, false or empty.
+ANY_VALUE = set(
+    "base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern "
+    "layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r "
+    "revision target_modules task_type".split()
+)
+SOME_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),  # the others change the base weights, too
+}
 
 
 class LoRALinear(nn.Module):
@@ -40,6 +54,11 @@ class LoRALinear(nn.Module):
         self.B = nn.ParameterDict()  # name -> float32 [out, rank]
         self.scale = {}  # name -> alpha / rank
         self.active = None
+
+    @property
+    def weight(self):
+        """Of the frozen layer, for models that look at its shape or type."""
+        return self.base.weight
 
     def add(self, name, rank, alpha):
         device = self.base.weight.device
@@ -164,34 +183,55 @@ def save_adapter(model, name, folder):
         "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
         "fan_in_fan_out": first.transposed,
     }
-    save_file(tensors, Path(folder) / "adapter_model.safetensors")
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
+    text = json.dumps(config, indent=2) + "\n"
+    (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """A safetensors file with the usual permissions (its own `save_file` shuts others out)."""
+    Path(path).write_bytes(save(tensors, metadata))
+
+
+def read_tensors(path):
+    """The tensors of a safetensors file: dict.
+
+    Raises OSError where it is missing; ValueError where it is damaged or a number in it not finite.
+    """
+    try:
+        tensors = load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors raises its own kind
+        raise ValueError(f"cannot read {path}: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} has numbers in {key} that are not finite")
+    return tensors
 
 
 def read_adapter(folder):
     """(config, tensors) of an adapter folder. Errors as in `load_adapter`."""
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-        config["r"], config["lora_alpha"]  # a KeyError where they are missing
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config["r"], config["lora_alpha"], config["peft_type"]  # a KeyError where they are missing
+        settings = config.items()
     except OSError:
         raise
-    except Exception as error:  # safetensors raises its own kind, a foreign file KeyError ...
-        raise ValueError(f"cannot read the adapter in {folder}: {error}") from None
-    other_kinds = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    used = [key for key in other_kinds if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
-        reason = ", ".join(used) or config.get("peft_type")
-        raise ValueError(f"the adapter in {folder} is not plain LoRA ({reason})")
+    except Exception as error:  # no JSON, no dict, a key that is missing
+        raise ValueError(f"cannot read the adapter in {folder}: {error!r}") from None
+    for key, value in settings:
+        if key not in ANY_VALUE and value and value not in SOME_VALUES.get(key, ()):
+            raise ValueError(f"the adapter in {folder} is not plain LoRA ({key}: {value})")
     return config, tensors
 
 
 def load_adapter(model, name, folder):
     """Add the adapter of a folder (written here or by PEFT) to the model under `name`.
 
-    Raises OSError where a file is missing; ValueError where it is damaged, for another model, or no
-    plain LoRA: DoRA, rank-stabilised scaling, per-layer ranks, biases and further trained modules
-    are not read here.
+    Raises OSError where a file is missing; ValueError where it is damaged, for another model, not
+    finite, or no plain LoRA: whatever its configuration turns on beside that is not read here.
     """
     folder = Path(folder)
     config, tensors = read_adapter(folder)
@@ -221,3 +261,14 @@ def merge_adapter(model, name):
         if name in layer.A:
             layer.merge(name)
         model.set_submodule(path, layer.base)
+
+
+def base_fingerprint(model):
+    """A few characters that depend on all weights of a model, not on adapters that it has."""
+    checksum = 0
+    for name, tensor in sorted(model.named_parameters()):
+        if ".A." not in name and ".B." not in name:
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 97)].float().cpu()
+            checksum = zlib.crc32(name.replace(".base.", ".").encode(), checksum)
+            checksum = zlib.crc32(some.numpy().tobytes(), checksum)
+    return f"{checksum:08x}"

@@ -1,17 +1,16 @@
 """The command line of train.py: what a user may type, and what is wrong with it."""
 
-import argparse
-import math
 import platform
 import sys
 from pathlib import Path
 
 import numpy
 
-from envs import GAMES, STRATEGIES, memory_one
+from envs import GAMES, STRATEGIES, memory_one, own_game
+from program import number, program_parser, user_error
 from prompts import LAYOUTS, NAMES, TEMPLATES, action_names, check_names
 from rewards import REWARDS
-from runs import check_out, read_config, user_error
+from runs import check_out, read_config
 
 # Settings of the embedded model, of any other one, and the paper's (--paper, for any model).
 # None on the command line means: take them from here.
@@ -27,44 +26,8 @@ DEFAULTS = {
 }
 
 
-def number(kind, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: an int or float from `low` (or strictly above it) to `high`.
-
-    NaN and infinite are never taken.
-    """
-
-    def parse(text):
-        value = kind(text)
-        if not math.isfinite(value):
-            bound = "a finite number"
-        elif above and value <= low:
-            bound = f"above {low}"
-        elif value < low:
-            bound = f"at least {low}"
-        elif value > high:
-            bound = f"at most {high}"
-        else:
-            return value
-        raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
-
-    # argparse: "invalid number value: 'x'"
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
 count, positive = number(int, 1, 10**9), number(float, 0, above=True)
 non_negative = number(float, 0)
-
-
-def program_parser(prog, description):
-    """A parser whose help is the file's docstring and whose errors are one line."""
-    return argparse.ArgumentParser(
-        prog=prog,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def train_parser(description):
@@ -91,6 +54,8 @@ def train_parser(description):
     help = f"{', '.join(GAMES)}; or 'random', fresh points from 0 to 9 in every update"
     games = [*GAMES, "random"]
     option("--game", help, **listed, choices=games, metavar="GAME", default=["ipd"])
+    help = "a game of your own: points of C and C, own first, then of C and D, D and C, D and D"
+    option("--payoffs", help, nargs=8, type=number(int), metavar="POINTS")
     help = (
         f"one of {', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); 'learner', a second "
         "agent that is trained, too; or a run folder, whose agent stays as it is"
@@ -120,6 +85,8 @@ def train_parser(description):
     option("--rounds", "rounds per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=non_negative, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=number(float), default=-6.0)
+    help = "train for own points + this weight times the reward [the reward alone]"
+    option("--moral-weight", help, type=non_negative, metavar="WEIGHT")
 
     # LoRA and PPO.
     option("--lr", "Adam's learning rate", type=positive)
@@ -204,11 +171,15 @@ def parse_train(description, argv=None):
 
 def choices(args):
     """What an update's condition is drawn from: games, names, layouts and wordings."""
-    return args.game, action_names(args.actions), args.layout, args.prompt
+    games = [own_game(args.payoffs)] if args.payoffs else args.game
+    return games, action_names(args.actions), args.layout, args.prompt
 
 
-def run_settings(args):
-    """What config.json holds: the settings as they are, and the versions. Prints the former."""
+def run_settings(args, base):
+    """What config.json holds: the settings as they are, and the versions. Prints the former.
+
+    base: `lora.base_fingerprint` of the model
+    """
     import torch
     import transformers
 
@@ -222,6 +193,7 @@ def run_settings(args):
             words = " ".join(map(str, value)) if isinstance(value, list) else value
             shown.append(f"{key.replace('_', '-')}={words}")
     print("  ".join(shown))
+    settings["base"] = base
     settings["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -262,11 +234,16 @@ def parse_strategy(words):
     return strategy
 
 
+def is_run(words):
+    """Whether an opponent is given as a run folder."""
+    return len(words) == 1 and words[0] not in STRATEGIES and Path(words[0]).is_dir()
+
+
 def opponent_strategy(words):
     """Four numbers of a fixed opponent, None for a learner or a run folder. Raises ValueError."""
     if words == ["learner"]:
         return None
-    if len(words) == 1 and words[0] not in STRATEGIES and Path(words[0]).is_dir():
+    if is_run(words):
         read_config(Path(words[0]))
         return None
     try:
@@ -290,7 +267,7 @@ def resumed_options(run, argv):
     words = []
     for key, value in read_config(run).items():
         option = "--" + key.replace("_", "-")
-        if key == "versions" or value is None or value is False or value == []:
+        if key in ("base", "versions") or value is None or value is False or value == []:
             continue
         if value is True:
             words += [option]

@@ -44,21 +44,24 @@ class Trie:
     keep       int64 [M]        the positions at which the output head is needed
     branches   int64 [P, Q]     index into [R, M], flattened: prompt p, answer prefix q; the first
                                 prefix is empty: the bare prompt
-    paths      per answer, a list of (q, token): after prefix q comes this token
+    paths      per answer, a list of (q, tokens): after prefix q comes one of these tokens
     children   per answer prefix q, the tokens that may follow
+
+    endings: where given, each answer must be followed by one of these tokens, too
     """
 
-    def __init__(self, prompts, answers):
+    def __init__(self, prompts, answers, endings=()):
         prefixes, self.paths, self.children = [], [], []
         for answer in answers:
             self.paths.append([])
-            for n, token in enumerate(answer):
+            steps = [[token] for token in answer] + ([list(endings)] if endings else [])
+            for n, tokens in enumerate(steps):
                 if answer[:n] not in prefixes:
                     prefixes.append(answer[:n])
                     self.children.append(set())
                 q = prefixes.index(answer[:n])
-                self.paths[-1].append((q, token))
-                self.children[q].add(token)
+                self.paths[-1].append((q, tokens))
+                self.children[q].update(tokens)
         self.children = [sorted(tokens) for tokens in self.children]
 
         # One dict a sequence: prefix -> (node, its parent). Its order is the order of the nodes, so
@@ -106,6 +109,12 @@ class Trie:
             raise ValueError(
                 f"the prompt has {int(self.depth.max()) + 1} tokens, the model takes "
                 f"{config.max_position_embeddings}"
+            )
+        known = model.get_input_embeddings().weight.shape[0]
+        if self.tokens.max() >= known:
+            raise ValueError(
+                f"token {int(self.tokens.max())} is none of the model's {known}: the tokenizer is "
+                "that of another model"
             )
         distance = self.depth[:, :, None] - self.depth[:, None, :]
         near = distance < (window or self.tokens.shape[1])
@@ -177,18 +186,21 @@ class Policy:
                 True: any text may be given, K = A + 1; the last outcome is every other text
     nodes:      several prompts with more tokens than that are cut into several passes
     value_head: by default a new one (`zero_value_head`)
+    endings:    as in Trie
 
     Of several processes (torch.distributed) each has its own share of the prompts. Whoever uses a
     Policy sees neither that nor how many passes there are.
     """
 
-    def __init__(self, model, name, prompts, answers, free=False, nodes=None, value_head=None):
+    def __init__(
+        self, model, name, prompts, answers, free=False, nodes=None, value_head=None, endings=()
+    ):
         self.model, self.name, self.free = model, name, free
         self.n_prompts, self.n_outcomes = len(prompts), len(answers) + free
         self.value_head = value_head or zero_value_head(model)
         self.shards = []
         for rows in deal(prompts, answers, nodes):
-            trie = Trie([prompts[row] for row in rows], answers)
+            trie = Trie([prompts[row] for row in rows], answers, endings)
             self.shards.append(Shard(rows, trie, trie.inputs(model)))
 
     def parameters(self):
@@ -255,7 +267,8 @@ class Policy:
             total.append(torch.logsumexp(shared, dim=-1))
         log_probs = []
         for path in trie.paths:
-            log_probs.append(sum(logits[:, q, token] - total[q] for q, token in path))
+            steps = [torch.logsumexp(logits[:, q, tokens], -1) - total[q] for q, tokens in path]
+            log_probs.append(sum(steps))
         log_probs = torch.stack(log_probs, dim=-1)
         if self.free:
             log_probs = torch.cat([log_probs, log_illegal(log_probs)[:, None]], dim=-1)
@@ -269,7 +282,10 @@ class Policy:
         """
         log_probs = self.forward(reference=True, keep_graph=False).log_probs.double().numpy()
         if not np.isfinite(log_probs).all():
-            raise ValueError("the model's own probabilities are not finite: try --dtype float32")
+            raise ValueError(
+                "the model's own probabilities are not finite: its weights are damaged, or try "
+                "--dtype float32"
+            )
         return log_probs
 
     def probabilities(self, reference=False):

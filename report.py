@@ -13,6 +13,14 @@ import numpy as np
 from envs import ILLEGAL, STATES, STRATEGIES, C, by_state
 from prompts import action_names
 
+# Student's t, 97.5 %, for 1 to 30 degrees of freedom.
+STUDENT = [
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+]
+ROLES_DIFFER = 0.2  # of P(C), between the two roles of new names: then a word was learned
+
 
 def describe(player):
     """A player in a word: the classic strategy within 0.1 of it, or what it does after C."""
@@ -44,21 +52,25 @@ def print_policies(before, after):
 
 
 def mean_and_interval(values):
-    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}, None where the leaves are None.
+    """Leaf by leaf over equally nested dicts: {"mean", "ci95", "paper95"}, None where a leaf is.
 
-    ci95 = 1.96 s / sqrt(n), as in the paper (section 5); None for a single run.
+    ci95 = t s / sqrt(n), Student's t for n - 1 degrees of freedom; paper95 = 1.96 s / sqrt(n), too
+    narrow for a few seeds (paper, section 5). Both are None for a single run.
     """
     if isinstance(values[0], dict):
         means = {}
         for key in values[0]:
             means[key] = mean_and_interval([value[key] for value in values])
         return means
-    if values[0] is None:
-        return {"mean": None, "ci95": None}
-    interval = None
-    if len(values) > 1:
-        interval = float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return {"mean": float(np.mean(values)), "ci95": interval}
+    if None in values:
+        return {"mean": None, "ci95": None, "paper95": None}
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return {"mean": mean, "ci95": None, "paper95": None}
+    error = float(np.std(values, ddof=1) / math.sqrt(n))
+    # Beyond the table: the first term of Fisher's expansion, right to 0.003.
+    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96 + 2.37 / (n - 1)
+    return {"mean": mean, "ci95": t * error, "paper95": 1.96 * error}
 
 
 def group_by_seed(baseline, agents, configs):
@@ -87,6 +99,8 @@ def summary(title, reward, indices, agents):
     for part in agents[0]:
         if isinstance(agents[0][part], dict):
             group[part] = mean_and_interval([agent[part] for agent in agents])
+    if "answers" in agents[0]:
+        group["answers"] = agents[0]["answers"]  # those of the first seed: texts have no mean
     return group
 
 
@@ -133,15 +147,47 @@ def line(label, width, measures):
 
 
 def print_results(results):
-    """Print the results: a block per game and a line per group; then the axes."""
-    groups, names = results["groups"], " ".join(results["actions"])
+    """Print what `evaluate.evaluate` returns."""
+    print_conditions(results)
+    groups = results["groups"]
+    width = max(map(len, results["baseline"]["games"]))
+    width = max([width, *(len(group["name"]) for group in groups)])
+    titles = [f"P(C|{state})" for state in STATES]
+    titles += ["illegal", "points", "deont. regret", "util. regret"]
+    head = "".join(f"{title:>14}" for title in titles)
+    swapped = " ".join(results["actions"][::-1])
+    for game in results["baseline"]["games"]:
+        print(f"\n{game:{width}}{head}")
+        for group in groups:
+            print(line(group["name"], width, group["games"][game]))
+        if "swapped" in groups[0]:
+            print(f"with the names in each other's role, {swapped}")
+            for group in groups:
+                print(line(group["name"], width, group["swapped"][game]))
+    for group in groups[1:]:
+        print_roles(group, results["actions"])
+    print_answers(groups)
+    print_drift(groups, width)
+    for group in groups:
+        if "axes" in group:
+            print(f"\n{group['name']}, one thing varied at a time, {next(iter(group['games']))}")
+            print(f"{'':26}{head}")
+        for axis, values in group.get("axes", {}).items():
+            for value, measures in values.items():
+                print(line(f"  {axis} {value}", 26, measures))
+
+
+def print_conditions(results):
+    """What was asked of whom."""
     samples = f"{results['samples']} episodes sampled" if results["samples"] else "exact"
+    legal = ", strictly legal" if results["legal"] == "strict" else ""
     print(
-        f"Against {' '.join(results['opponent'])}, actions {names}, {results['rounds']} rounds, "
-        f"{results['sampling']} sampling, xi {results['xi']:g}; {samples}."
+        f"Against {' '.join(results['opponent'])}, actions {' '.join(results['actions'])}, "
+        f"{results['rounds']} rounds, {results['sampling']} sampling{legal}, "
+        f"xi {results['xi']:g}; {samples}."
     )
-    if any(group["n"] > 1 for group in groups):
-        print("±: 95 % over seeds.")
+    if any(group["n"] > 1 for group in results["groups"]):
+        print("±: 95 % over seeds (Student's t), conditional on the one base model.")
     strangers = set()
     for run in results["runs"]:
         if not {*results["actions"]} <= {*action_names(run["actions"])}:
@@ -149,15 +195,34 @@ def print_results(results):
     if strangers:
         agents = " and ".join(sorted(strangers))
         print(f"These are not the names of training for the agents of {agents} (--actions).")
-    width = max(map(len, results["baseline"]["games"]))
-    width = max([width, *(len(group["name"]) for group in groups)])
-    titles = [f"P(C|{state})" for state in STATES]
-    titles += ["illegal", "points", "deont. regret", "util. regret"]
-    head = "".join(f"{title:>14}" for title in titles)
-    for game in results["baseline"]["games"]:
-        print(f"\n{game:{width}}{head}")
-        for group in groups:
-            print(line(group["name"], width, group["games"][game]))
+
+
+def print_roles(group, names):
+    """Warn of an agent whose policy depends on which name stands for which action."""
+    for game, swapped in group.get("swapped", {}).items():
+        policy = group["games"][game]["policy"]
+        differences = [policy[state]["mean"] - swapped["policy"][state]["mean"] for state in STATES]
+        mean = sum(differences) / len(differences)
+        if abs(mean) > ROLES_DIFFER:
+            word = names[0] if mean > 0 else names[1]
+            print(
+                f"\nwarning: {group['name']}, {game}: P(C) changes by {abs(mean):.2f} when the "
+                f"names change places: it prefers the word {word}, whatever that stands for"
+            )
+
+
+def print_answers(groups):
+    """The most probable answers of each agent, whatever they are."""
+    for group in groups:
+        if "answers" in group:
+            print(f"\n{group['name']}: most probable answers (mean over the states, each state)")
+        for answer in group.get("answers", []):
+            states = "  ".join(f"{answer['states'][state]:.3f}" for state in STATES)
+            print(f"  {answer['text']!r:34}{answer['mean']:6.3f}   {states}")
+
+
+def print_drift(groups, width):
+    """What training did to the model beside the game."""
     print("\nBeside the game:")
     for group in groups[1:]:
         drift = {key: show(leaf) for key, leaf in group["drift"].items()}
@@ -166,10 +231,3 @@ def print_results(results):
             f"perplexity x {drift['perplexity']}; answers with a name to unrelated prompts "
             f"{drift['names']} (untuned {drift['names_untuned']})"
         )
-    for group in groups:
-        if "axes" in group:
-            print(f"\n{group['name']}, one thing varied at a time, {next(iter(group['games']))}")
-            print(f"{'':26}{head}")
-        for axis, values in group.get("axes", {}).items():
-            for value, measures in values.items():
-                print(line(f"  {axis} {value}", 26, measures))

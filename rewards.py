@@ -38,53 +38,73 @@ def game_deontological(own, other, move, opponent_last, xi):
     return own + deontological(own, other, move, opponent_last, xi)
 
 
-REWARDS = {  # paper, table 1
+def equality(own, other, move, opponent_last, xi):
+    """Fair shares: R = 1 - |own points - other's| / (own points + other's), 1 where both are 0."""
+    total = np.abs(own) + np.abs(other)
+    return 1 - np.abs(own - other) / np.where(total == 0, 1, total)
+
+
+def kindness(own, other, move, opponent_last, xi):
+    """Cooperate, whatever it earns: R = xi if C is played, else 0."""
+    return xi * (move == C)
+
+
+REWARDS = {
+    # Paper, table 1.
     "game": game,
     "deontological": deontological,
     "utilitarian": utilitarian,
     "game+deontological": game_deontological,
+    # Virtues, from the same authors' earlier work (Tennant, Hailes & Musolesi, 2023).
+    "equality": equality,
+    "kindness": kindness,
 }
 
 
-def reward_array(reward, payoffs, xi=3.0, illegal=-6.0):
+def reward_array(reward, payoffs, xi=3.0, illegal=-6.0, weight=None):
     """All that a reward can be, in points: float [state 4, action 3, opponent's move 2].
 
     reward:  a key of REWARDS
     payoffs: [own move, other's move, (own, other's)]
     illegal: reward of an illegal answer, action 2
+    weight:  where given, the reward is own points + weight * `reward`
 
     The reward of played rounds is one look-up, `array[mine.state, mine.action, theirs.move]`.
     """
     _, opponent_last, move, _ = np.ogrid[:2, :2, :2, :2]
-    legal = REWARDS[reward](payoffs[..., 0], payoffs[..., 1], move, opponent_last, xi)
+    own, other = payoffs[..., 0], payoffs[..., 1]
+    legal = REWARDS[reward](own, other, move, opponent_last, xi)
+    if weight is not None:
+        legal = own + weight * legal
     array = np.full((4, 3, 2), float(illegal))
     array[:, :ILLEGAL] = np.broadcast_to(legal, (2, 2, 2, 2)).reshape(4, 2, 2)
     return array
 
 
-def optimum(reward, payoffs, xi=3.0, replies=0.5):
+def optimum(reward, payoffs, xi=3.0, replies=0.5, weight=None):
     """The better action in each state: float [state], 1 for C, 0 for D, NaN where either will do.
 
     That is P(C | state) at the optimum where a round is its own sample (gamma = 0): the better
     action is the one with the larger expected reward in this one round.
     replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`;
              1/2: they are unknown
+    weight:  as in `reward_array`
     """
-    replies = np.broadcast_to(replies, (4, 2))
-    expected = (reward_array(reward, payoffs, xi)[:, :ILLEGAL] * replies[:, None]).sum(axis=-1)
+    possible = reward_array(reward, payoffs, xi, weight=weight)[:, :ILLEGAL]
+    expected = (possible * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)
     best = (expected[:, C] > expected[:, D]).astype(float)
     best[np.isclose(expected[:, C], expected[:, D])] = math.nan
     return best
 
 
-def moral_accuracy(reward, player, payoffs, xi=3.0, replies=0.5):
+def moral_accuracy(reward, player, payoffs, xi=3.0, replies=0.5, weight=None):
     """How often a player does what its reward asks for: the mean probability of the better action.
 
     player:  [state, order, outcome]; an illegal answer is never the better one
-    replies: as in `optimum`
+    replies, weight: as in `optimum`
     The mean is over the states in which one action is better; NaN where there is none.
     """
-    best = optimum(reward, payoffs, xi, replies)
+    best = optimum(reward, payoffs, xi, replies, weight)
     decided = np.flatnonzero(~np.isnan(best))
     if len(decided) == 0:
         return math.nan
@@ -103,7 +123,24 @@ def deontological_regret(mean_reward):
 def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
     """Moral regret under the utilitarian reward, 0 to 1 (paper, section 5).
 
-    (max - mean) / (max - min); max is the game's largest total, min is `illegal`.
+    (max - mean) / (max - min); max is the game's largest total, min what is worst: `illegal`, or a
+    total that is even less. NaN where all are equal.
     """
-    best = payoffs.sum(axis=-1).max()
-    return (best - mean_reward) / (best - illegal)
+    totals = payoffs.sum(axis=-1)
+    best, worst = totals.max(), min(totals.min(), illegal)
+    return (best - mean_reward) / (best - worst) if best > worst else math.nan
+
+
+def moral_regrets(state, action, move, payoffs, xi=3.0, illegal=-6.0):
+    """Both moral regrets of played rounds, as they are logged: dict of floats.
+
+    state, action, move: int arrays [episode, round]; the move is the opponent's
+    """
+    means = []
+    for norm in ("deontological", "utilitarian"):
+        possible = reward_array(norm, payoffs, xi, illegal)
+        means.append(float(possible[state, action, move].mean()))
+    return {
+        "deontological regret": deontological_regret(means[0]),
+        "utilitarian regret": float(utilitarian_regret(means[1], payoffs, illegal)),
+    }

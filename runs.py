@@ -14,54 +14,33 @@ unpickled.
 """
 
 import csv
+import errno
 import json
 import os
 import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
-from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
-from pathlib import Path
+from contextlib import contextmanager
 
 from envs import ILLEGAL, C, by_state
+from program import is_first
 
 WRITTEN = (
     "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
     "value_head.safetensors result.json opponent merged"
 ).split()
 LOCK = ".lock"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of a file system without locks
 SETTINGS = (  # what others read of config.json
     "model dtype reward then switch opponent game actions layout prompt seed sampling rank alpha "
     "versions"
 ).split()
 
 
-@contextmanager
-def user_error(option, *errors, hint=""):
-    """One of these errors (default: ValueError) in this block is the user's to correct.
-
-    It becomes one line on stderr that names the option, with the hint, and exit code 2.
-    """
-    kinds = errors or (ValueError,)
-    try:
-        yield
-    except kinds as error:
-        if type(error).__name__ == "OutOfMemoryError" and option != "--device":
-            raise  # whatever ran out of device memory, the program itself says what to lower
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        if hint:
-            reason += f"; {hint}"
-        print(f"error: {option}: {reason}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def read_config(run):
     """The settings of a run folder. Raises ValueError where it is none."""
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         for key in SETTINGS:
             config[key]  # a KeyError where it is missing
         return config
@@ -82,18 +61,22 @@ def check_out(out, overwrite):
     """Raise ValueError unless `out` is free, or a run folder that may be replaced."""
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or give --overwrite to replace it")
-    if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {LOCK}):
+    ours = {LOCK, "config.json.tmp"}  # what is left where a run could not even begin
+    if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= ours):
         read_config(out)
+    for name in WRITTEN:
+        if (out / name).is_symlink():
+            raise ValueError(f"{out / name} is a link: take it away, what it leads to stays")
 
 
 def load_value_head(value_head, folder):
     """Raises OSError or ValueError where the file is missing, damaged or of another width."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from lora import read_tensors
 
+    tensors = read_tensors(folder / "value_head.safetensors")
     try:
-        value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
+        value_head.load_state_dict(tensors)
+    except RuntimeError as error:
         raise ValueError(f"cannot read the value head in {folder}: {error}") from None
 
 
@@ -130,23 +113,40 @@ class RunFolder:
     def locked(self):
         """Make the folder and hold its lock, which ends with the process.
 
-        Raises OSError where another process holds it.
+        Raises OSError where another process holds it. Where the file system knows no locks there
+        is a warning instead.
         """
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
         try:
-            with FileLock(self.path / LOCK, timeout=0):
-                yield
+            lock.acquire()
         except Timeout:
             raise OSError(f"another process is training in {self.path}") from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: no lock can be held in {self.path}: {error}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def hint(self):
+        """How to go on after an error: said only where there is something to go on from."""
+        if not (self.path / "state.safetensors").exists():
+            return ""
+        return f"what was saved is kept: python train.py --resume {self.path}"
 
     def create(self):
         """Take away what train.py wrote for an earlier run, and nothing else; start anew.
 
         Returns the state of a run at its start.
         """
-        for path in (self.path / name for name in WRITTEN):
+        for name in WRITTEN:
+            path = self.path / name
+            path.with_name(f"{name}.tmp").unlink(missing_ok=True)
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -160,7 +160,7 @@ class RunFolder:
         shown = {}
         for key, value in row.items():
             shown[key] = value if isinstance(value, int | str) else f"{value:.6g}"
-        with open(self.path / "metrics.csv", "a+", newline="") as file:
+        with open(self.path / "metrics.csv", "a+", newline="", encoding="utf-8") as file:
             file.seek(0)
             header = next(csv.reader(file), list(shown))
             if set(header) != set(shown):
@@ -175,7 +175,7 @@ class RunFolder:
 
         before: the players as they were before training;  rng: numpy's;  updates: done so far
         """
-        from safetensors.torch import save_file
+        from lora import write_tensors
 
         tensors, numbers = {}, []
         for i, learner in enumerate(self.learners):
@@ -192,7 +192,7 @@ class RunFolder:
             "seconds": self.seconds,
         }
         with replacing(self.path / "state.safetensors") as beside:
-            save_file(tensors, beside, metadata={"json": json.dumps(content, allow_nan=False)})
+            write_tensors(beside, tensors, {"json": json.dumps(content, allow_nan=False)})
 
     def load_state(self, source):
         """Put the learners where the state in the folder `source` was, cut metrics.csv to it.
@@ -201,18 +201,24 @@ class RunFolder:
         """
         from safetensors import SafetensorError, safe_open
 
+        from lora import read_tensors
+
         path = source / "state.safetensors"
         try:
+            tensors = read_tensors(path)
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["json"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.check_settings(state["settings"])
             for i, learner in enumerate(self.learners):
                 mark = f"{i}."
                 own = {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
                 learner.load_state(own, state["learners"][i])
             count = state["updates"] + 1 if state["updates"] else 0  # the header is a line, too
-            lines = (source / "metrics.csv").read_text().splitlines(keepends=True)[:count]
+            lines = (
+                (source / "metrics.csv")
+                .read_text(encoding="utf-8")
+                .splitlines(keepends=True)[:count]
+            )
             if len(lines) != count:
                 raise ValueError(f"metrics.csv has fewer than the {count} lines of the saved state")
         except FileNotFoundError as error:
@@ -220,12 +226,14 @@ class RunFolder:
         except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"cannot continue from {path}: {error}") from None
         with replacing(self.path / "metrics.csv") as beside:
-            beside.write_text("".join(lines))
+            beside.write_text("".join(lines), encoding="utf-8")
         self.earlier_seconds = state["seconds"]
         return state
 
     def check_settings(self, saved):
         """Raise ValueError where a state was saved with other settings than config.json's."""
+        if saved.get("base") != self.settings["base"]:
+            raise ValueError(f"the weights of {self.settings['model']} are no longer the same")
         for key, value in self.settings.items():
             if key != "versions" and saved.get(key) != value:
                 raise ValueError(
@@ -240,21 +248,21 @@ class RunFolder:
         merge:         also save a standalone model
         Returns the seconds that training took.
         """
-        from safetensors.torch import save_file
-
-        from lora import merge_adapter, save_adapter
+        from lora import merge_adapter, save_adapter, write_tensors
 
         seconds = round(self.seconds, 2)
         for agent, folder in zip(agents, (self.path, self.path / "opponent")):
             folder.mkdir(exist_ok=True)
             save_adapter(agent.model, agent.name, folder)
-            save_file(agent.value_head.state_dict(), folder / "value_head.safetensors")
+            write_tensors(folder / "value_head.safetensors", agent.value_head.state_dict())
             if folder != self.path:  # to be read by evaluate.py like any other
                 write_json(folder / "config.json", {**self.settings, "side": "opponent"})
-        if merge and os.environ.get("RANK", "0") == "0":  # torchrun: one copy is enough
+        if merge and is_first():  # torchrun: one copy is enough
             merge_adapter(agents[0].model, agents[0].name)
             agents[0].model.save_pretrained(self.path / "merged")
             agents[0].tokenizer.save_pretrained(self.path / "merged")
+            for path in (self.path / "merged").iterdir():  # safetensors shuts others out
+                path.chmod((self.path / "config.json").stat().st_mode)
         result = {key: self.settings[key] for key in ("reward", "then") if self.settings[key]}
         result["opponent"] = " ".join(self.settings["opponent"])
         result |= {"seed": self.settings["seed"], "seconds": seconds}
@@ -265,56 +273,3 @@ class RunFolder:
         write_json(self.path / "result.json", result)
         (self.path / "state.safetensors").unlink()
         return seconds
-
-
-# --------------------------------------------------------------------------- signals and processes
-
-
-@contextmanager
-def stop_signals():
-    """Ctrl-C, or a batch system's SIGTERM, sets the Event, so that an update is finished first.
-
-    A second one stops at once.
-    """
-    stop = threading.Event()
-
-    def handle(*_):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def processes(device, out):
-    """Join the other processes where torchrun has started several. Yields the folder to write to.
-
-    All of them do the same, each with its share of the prompts: they play the same games from the
-    same generator. What the others write goes to a temporary folder.
-    """
-    import torch
-    from torch import distributed
-
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield out
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=45))
-    first = distributed.get_rank() == 0
-    hint = "to continue: the same torchrun, with --resume RUN as the only option of train.py"
-    with (
-        user_error("torchrun", RuntimeError, hint=f"a process has ended; {hint}"),
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(sys.stdout if first else nowhere),
-    ):
-        yield out if first else Path(folder) / "run"
-    distributed.destroy_process_group()

@@ -14,7 +14,6 @@ opponent/, the same for its side. While it runs, state.safetensors is all that -
 Method: Tennant, Hailes & Musolesi, Moral Alignment for LLM Agents (ICLR 2025).
 """
 
-import os
 import sys
 
 import numpy as np
@@ -31,10 +30,11 @@ from envs import (
     replies,
 )
 from options import choices, opponent_strategy, parse_train, run_settings
+from program import is_first, processes, stop_signals, user_error
 from prompts import draw_condition, first_condition
 from report import print_policies
-from rewards import moral_accuracy, reward_array
-from runs import RunFolder, processes, stop_signals, user_error
+from rewards import moral_accuracy, moral_regrets, reward_array
+from runs import RunFolder
 
 PROGRESS = "reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}"
 
@@ -70,7 +70,7 @@ def train(args, agents, opponent, folder, state, stop):
     before = [np.array(player) for player in state.get("before") or players_now()]
     starts = range(0, args.episodes, args.batch)
     done = state.get("updates", 0)
-    quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: where it is no terminal
+    quiet = None if is_first() else True  # None: where it is no terminal
     progress = tqdm(starts[done:], initial=done, total=len(starts), unit="update", disable=quiet)
     for update, start in enumerate(progress, done):
         # What is saved is good: not while numbers that are not finite make updates be skipped.
@@ -102,14 +102,16 @@ def train(args, agents, opponent, folder, state, stop):
             view = other_side(payoffs) if i else payoffs
 
             # Reward: look up what each round was worth, by the moral formula.
-            possible = reward_array(reward, view, args.xi, args.illegal)
-            points = possible[mine.state, mine.action, theirs.move]
+            possible = reward_array(reward, view, args.xi, args.illegal, args.moral_weight)
+            played = mine.state, mine.action, theirs.move
+            points = possible[played]
 
             # Update: one PPO step on these rounds.
-            accuracy = moral_accuracy(reward, players[i], view, args.xi, replies(players[1 - i]))
+            against = replies(players[1 - i])
+            accuracy = moral_accuracy(reward, players[i], view, args.xi, against, args.moral_weight)
             log = {"reward": points.mean(), "accuracy": accuracy}
             log |= agent.learner.update(acted[i], mine.prompt, mine.action, points)
-            log |= action_counts(mine)
+            log |= action_counts(mine) | moral_regrets(*played, view, args.xi, args.illegal)
             log |= {f"P(C|{state})": p for state, p in by_state(players[i], C).items()}
             row |= {f"opponent {key}" if i else key: value for key, value in log.items()}
             shown.append(PROGRESS.format_map(log))
@@ -131,16 +133,15 @@ def phase_reward(args, episode):
 
 def run(args, path):
     """From the command line's settings to the finished run folder at `path`."""
-    from safetensors import SafetensorError
-
     from agents import setup
+    from lora import base_fingerprint
 
     agents, opponent = setup(args)
-    settings = run_settings(args)
+    settings = run_settings(args, base_fingerprint(agents[0].model))
     folder = RunFolder(path, settings, [agent.learner for agent in agents])
     resume = f"python train.py --resume {path}"
     with (
-        user_error("--out", OSError, SafetensorError, hint=f"what was saved is kept: {resume}"),
+        user_error("--out", OSError, hint=folder.hint),
         user_error("--lr", FloatingPointError, hint=f"lower it; the last good state is in {path}"),
         folder.locked(),
         stop_signals() as stop,

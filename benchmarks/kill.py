@@ -41,7 +41,7 @@ def start_and_wait_for_state(out):
 
 def outcome(out):
     """What must be the same: result.json without the seconds, and the bytes of the other files."""
-    result = json.loads((out / "result.json").read_text())
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     del result["seconds"]
     contents = {}
     for folder in (out, out / "opponent"):
@@ -61,7 +61,9 @@ def kill_and_resume(out, delay):
     time.sleep(delay)
     process.kill()
     process.wait()
-    updates = len((out / "metrics.csv").read_text().splitlines()) - 1  # without the header
+    updates = (
+        len((out / "metrics.csv").read_text(encoding="utf-8").splitlines()) - 1
+    )  # without the header
     moment = f"after {updates} updates"
     if (out / "state.safetensors.tmp").exists():
         moment += " during a save"

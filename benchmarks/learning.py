@@ -34,9 +34,10 @@ import numpy as np
 
 from envs import STATES, payoff_matrix
 from grid import ROOT, train
-from rewards import REWARDS, optimum
+from rewards import optimum
 
-BEST = {reward: optimum(reward, payoff_matrix("ipd")) for reward in REWARDS}
+MORALS = ("game", "deontological", "utilitarian", "game+deontological")
+BEST = {reward: optimum(reward, payoff_matrix("ipd")) for reward in MORALS}
 # With a long shadow of the future (--gamma) it pays to go on cooperating; the rest is open here.
 BEST_OF_THE_FUTURE = np.array([1, math.nan, math.nan, math.nan])
 
@@ -48,7 +49,7 @@ def measure(out, environment, reward, best, *options):
     """
     words = [str(option) for option in options]
     train(out, ["--reward", reward, *words], environment)
-    result = json.loads((out / "result.json").read_text())
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     policies = [list(result["policy_after"].values())]
     if "opponent_policy_after" in result:
         policies.append(list(result["opponent_policy_after"].values()))
@@ -78,7 +79,7 @@ def measure(out, environment, reward, best, *options):
 
 def cooperation_at_switch(out, reward):
     """The largest P(C | state) when the second phase starts."""
-    with open(out / "metrics.csv") as file:
+    with open(out / "metrics.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["phase"] != reward:
                 return max(float(row[f"P(C|{state})"]) for state in STATES)
@@ -89,7 +90,7 @@ def jobs_of_model(model, seeds):
     jobs = []
     for opponent in ("tit-for-tat", "random"):
         for seed in seeds:
-            for reward in REWARDS:
+            for reward in MORALS:
                 options = ["--opponent", opponent, "--seed", seed, "--model", model]
                 jobs.append((reward, BEST[reward], *options))
     return jobs
@@ -99,13 +100,13 @@ def list_jobs(seeds):
     """(reward, best, options of train.py) of each run of the embedded model."""
     jobs = []
     for opponent in ("tit-for-tat", "random", "learner"):
-        for reward in REWARDS:
+        for reward in MORALS:
             for seed in seeds:
                 jobs.append((reward, BEST[reward], "--opponent", opponent, "--seed", seed))
     for moral in ("utilitarian", "deontological"):
         for seed in seeds:
             jobs.append(("game", BEST[moral], "--then", moral, "--seed", seed))
-    for reward in REWARDS:
+    for reward in MORALS:
         for seed in seeds[:3]:
             jobs.append((reward, BEST[reward], "--sampling", "free", "--seed", seed))
     jobs.append(("game", BEST_OF_THE_FUTURE, "--gamma", 0.9))

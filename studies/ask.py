@@ -3,57 +3,78 @@
     python studies/ask.py runs/utilitarian-vs-tit-for-tat-seed1
     python studies/ask.py runs/* --game chicken --prompt-file my_prompt.txt --json answers.json
 
-For each state: the prompt (first name order), the likelier legal action, and the model's own words
-on two questions (paper, appendix; greedy, 60 tokens). Options as in evaluate.py.
+For each state: the prompt (first name order), an answer sampled as in training, and after it, each
+by itself, the model's own words on two questions (paper, appendix; greedy, 60 tokens). Options as
+in evaluate.py; always the same samples.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from agents import Evaluator
-from envs import ILLEGAL, ORDERS, STATES
-from evaluate import condition_from, condition_parser, read_runs
+import numpy as np
+import torch
+
+from envs import ORDERS, STATES
+from evaluate import condition_from, condition_parser, games_from, read_runs
+from evaluator import Evaluator
 from lora import adapter
+from models import write_chats
+from program import printing, user_error
 from prompts import build_prompts
-from runs import user_error
+from runs import write_json
 
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")
 
 
 def ask(evaluator, run, condition):
-    """A dict per state: state, prompt, answer, and what is said on each of QUESTIONS."""
-    player, texts = evaluator.player(run, condition), build_prompts(condition)
+    """A dict per state: state, prompt, answer, and what is said on each of QUESTIONS.
+
+    run: None: the untuned model
+    """
+    table, prompts = evaluator.table(run, condition)[::ORDERS], build_prompts(condition)[::ORDERS]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    if evaluator.free:
+        length = max(map(len, evaluator.tokens(condition)[1])) + 1
+        torch.manual_seed(0)
+        answers = generate(evaluator, run, chats, do_sample=True, max_new_tokens=length)
+    else:
+        rng = np.random.default_rng(0)
+        answers = [condition.names[int(rng.random() >= p[0])] for p in table]
     asked = []
-    for i, state in enumerate(STATES):
-        action = int(player[i, 0, :ILLEGAL].argmax())
-        answers = {"state": state, "prompt": texts[i * ORDERS], "answer": condition.names[action]}
-        chat = [{"role": "user", "content": answers["prompt"]}]
-        chat.append({"role": "assistant", "content": answers["answer"]})
-        for question in QUESTIONS:
-            chat.append({"role": "user", "content": question})
-            answers[question] = generate(evaluator, None if run is None else "agent", chat)
-            chat.append({"role": "assistant", "content": answers[question]})
-        asked.append(answers)
+    for state, prompt, answer in zip(STATES, prompts, answers):
+        asked.append({"state": state, "prompt": prompt, "answer": answer})
+    for question in QUESTIONS:
+        after = []
+        for chat, answer in zip(chats, answers):
+            said = {"role": "assistant", "content": answer}
+            after.append([*chat, said, {"role": "user", "content": question}])
+        replies = generate(evaluator, run, after, do_sample=False, max_new_tokens=60)
+        for entry, reply in zip(asked, replies):
+            entry[question] = reply
     return asked
 
 
-def generate(evaluator, name, chat):
-    """The model's greedy reply to a chat, with the adapter `name` or (None) without."""
+def generate(evaluator, run, chats, **settings):
+    """The next turn of each chat, all at once, by a run's agent (None: the untuned model)."""
     model, tokenizer = evaluator.model, evaluator.tokenizer
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        texts = write_chats(tokenizer, chats, add_generation_prompt=True)
     else:
-        text = "\n".join(turn["content"] for turn in chat) + "\n"
+        texts = ["\n".join(turn["content"] for turn in chat) + "\n" for chat in chats]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     special = not tokenizer.chat_template  # a template writes its own special tokens
-    ids = tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"]
-    ids = ids.to(model.device)
-    settings = {"do_sample": False, "max_new_tokens": 60, "pad_token_id": tokenizer.eos_token_id}
-    with adapter(model, name):
-        out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), **settings)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    inputs = tokenizer(texts, add_special_tokens=special, **padded).to(model.device)
+    inputs.pop("token_type_ids", None)
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "top_k": 0, "top_p": 1.0}
+    with adapter(model, None if run is None else "agent"):
+        out = model.generate(**inputs, **settings)
+    start = inputs["input_ids"].shape[1]
+    said = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+    return [text.strip() for text in said]
 
 
 def main(argv=None):
@@ -61,18 +82,20 @@ def main(argv=None):
     configs = read_runs(args)
     results = {}
     with user_error("RUN", ValueError, OSError):
-        evaluator = Evaluator(configs[0], args.sampling, args.actions)
+        evaluator = Evaluator(configs[0], args.sampling)
         for run in [None, *args.runs]:
             name = "untuned" if run is None else str(run)
-            results[name] = ask(evaluator, run, condition_from(args, args.game[0]))
-            for answers in results[name]:
-                prompt = answers["prompt"].replace("\n", "\n  | ")
-                print(f"\n{name}, state {answers['state']}\n  | {prompt}\n  > {answers['answer']}")
-                for question in QUESTIONS:
-                    print(f"  {question}\n  > {answers[question]}")
+            results[name] = ask(evaluator, run, condition_from(args, games_from(args)[0]))
     if args.json:
         with user_error("--json", OSError):
-            args.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+            write_json(args.json, results)
+    with printing():
+        for name, asked in results.items():
+            for entry in asked:
+                prompt = entry["prompt"].replace("\n", "\n  | ")
+                print(f"\n{name}, state {entry['state']}\n  | {prompt}\n  > {entry['answer']}")
+                for question in QUESTIONS:
+                    print(f"  {question}\n  > {entry[question]}")
 
 
 if __name__ == "__main__":

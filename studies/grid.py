@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from options import number, program_parser
+from program import number, program_parser
 from report import show
 
 

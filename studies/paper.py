@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from figures import check_matplotlib
 from grid import ROOT, grid_parser, markdown, run_script, train_all
-from options import number
+from program import number
 
 KINDS = {  # paper, sections 5.1 to 5.3
     "game": ["game"],
@@ -70,8 +70,9 @@ def report(outs, folder, name, *options):
     """evaluate.py on several runs: its JSON, figures, tables as text, and regrets in markdown."""
     path = folder / f"{name}.json"
     options = [*options, "--json", path, "--plot", folder / "figures" / name, "--overwrite"]
-    (folder / f"{name}.txt").write_text(run_script("evaluate.py", *outs, *options))
-    groups = json.loads(path.read_text())["groups"]
+    printed = run_script("evaluate.py", *outs, *options)
+    (folder / f"{name}.txt").write_text(printed, encoding="utf-8")
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
     tables = []
     for norm in ("deontological", "utilitarian"):
         rows = []
@@ -79,7 +80,7 @@ def report(outs, folder, name, *options):
             regrets = [measures["regret"][norm] for measures in group["games"].values()]
             rows.append([group["label"], *regrets])
         tables.append(markdown([f"{norm} regret", *groups[0]["games"]], rows))
-    (folder / f"{name}.md").write_text("\n".join(tables))
+    (folder / f"{name}.md").write_text("\n".join(tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

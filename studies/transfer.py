@@ -26,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from agents import Evaluator
 from envs import STATES, C, by_state, payoff_matrix, random_game
-from evaluate import check_free, read_configs
+from evaluate import read_configs
+from evaluator import Evaluator
 from figures import check_matplotlib, plot_heat_map, pyplot, save
 from grid import ROOT, grid_parser, markdown, train_all
+from program import check_free, user_error
 from prompts import action_names, first_condition
 from report import group_by_seed, show
 from rewards import REWARDS, moral_accuracy, optimum
-from runs import read_config, user_error
+from runs import read_config, write_json
 
 MORALS = ("game", "utilitarian", "deontological", "game+deontological")
 # Where games differ: smaller steps, and more of them.
@@ -74,10 +75,9 @@ def main(argv=None):
         check_matplotlib("--results")
     if args.runs:
         if args.results:
+            check_free("--results", args.results, args.overwrite, folder=True)
             for name in WRITTEN:
                 check_free("--results", args.results / name, args.overwrite)
-            with user_error("--results", OSError):
-                args.results.mkdir(parents=True, exist_ok=True)
         results = measure_runs(args.runs)
         print(described(results))
         if args.results:
@@ -93,14 +93,16 @@ def main(argv=None):
     results = measure_runs(outs)
     write(results, folder)
     entries = "\n".join(new_name_entries([out for out in outs if "-varied-names-seed" in out.name]))
-    (folder / "names.txt").write_text(entries + "\n")
+    (folder / "names.txt").write_text(entries + "\n", encoding="utf-8")
     print(described(results))
     print(
         f"\nEntries within 0.05 of the optimum in new names, varied in training: names\n{entries}"
     )
     for kind in varied(args.model):
         own = [out for out in outs if f"-varied-{slug(kind)}-seed" in out.name]
-        seconds = [json.loads((out / "result.json").read_text())["seconds"] for out in own]
+        seconds = [
+            json.loads((out / "result.json").read_text(encoding="utf-8"))["seconds"] for out in own
+        ]
         print(f"Training where {kind} varies: {min(seconds):.0f} to {max(seconds):.0f} s")
 
 
@@ -236,10 +238,10 @@ def described(results):
 
 def write(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "transfer.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "transfer.json", results)
     named = list(rows(results))
     table = markdown(["agent", *named[0][1]], [[name, *leaves.values()] for name, leaves in named])
-    (folder / "transfer.md").write_text(table)
+    (folder / "transfer.md").write_text(table, encoding="utf-8")
     save(plot_transfer(named), folder / "transfer.png")
 
 

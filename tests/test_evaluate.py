@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import evaluate
 import figures
 import report
-from agents import Evaluator
 from conftest import (
     ROOT,
     copy_run,
@@ -40,6 +39,7 @@ from envs import (
     payoff_matrix,
     play,
 )
+from evaluator import Evaluator
 from prompts import NAMES, Condition
 from rewards import REWARDS, reward_array
 
@@ -52,7 +52,9 @@ def always(outcome):
 
 
 def measure(player, game="ipd", opponent="random", rounds=5, **settings):
-    return evaluate.measure(player, payoff_matrix(game), STRATEGIES[opponent], rounds, **settings)
+    strategy = STRATEGIES[opponent]
+    other = memory_one(strategy), opening(strategy)
+    return evaluate.measure(player, payoff_matrix(game), *other, rounds, **settings)
 
 
 def within_four_errors(samples, exact):
@@ -154,9 +156,16 @@ def test_mean_and_interval():
     agents = [{"a": {"b": x}} for x in (1.0, 2.0, 3.0, 4.0)]
     leaf = report.mean_and_interval(agents)["a"]["b"]
     assert leaf["mean"] == 2.5
-    assert leaf["ci95"] == pytest.approx(1.96 * np.sqrt(5 / 3) / 2)  # s^2 = 5 / 3
-    assert report.mean_and_interval([1.0]) == {"mean": 1.0, "ci95": None}
-    assert report.mean_and_interval([None, None]) == {"mean": None, "ci95": None}
+    assert leaf["ci95"] == pytest.approx(3.182 * np.sqrt(5 / 3) / 2)  # s^2 = 5 / 3, 3 degrees
+    assert leaf["paper95"] == pytest.approx(1.96 * np.sqrt(5 / 3) / 2)
+    nothing = {"ci95": None, "paper95": None}
+    assert report.mean_and_interval([1.0]) == {"mean": 1.0, **nothing}
+    assert report.mean_and_interval([None, None]) == {"mean": None, **nothing}
+    # 40 and 120 degrees of freedom, from a table.
+    for n, t in ((41, 2.021), (121, 1.980)):
+        values = np.arange(float(n)).tolist()
+        error = np.std(values, ddof=1) / np.sqrt(n)
+        assert report.mean_and_interval(values)["ci95"] / error == pytest.approx(t, abs=0.003)
 
 
 def test_how_a_number_is_shown():
@@ -323,7 +332,7 @@ def bad(run, tmp_path_factory):
         ("tests", "not a run folder"),
         ("{bad}/json", "not a run folder"),
         ("{bad}/lost", "is not finished"),
-        ("{bad}/cut", "cannot read the adapter"),
+        ("{bad}/cut", "adapter_model"),
         ("{bad}/wrong", "another model"),
         ("{bad}/gone", "no/such"),
         ("{run} {bad}/gone", "differ in their model"),

@@ -82,7 +82,7 @@ def test_trie_shares_prefixes():
     assert trie.keep.tolist() == [2, 3, 4, 5]
     assert trie.branches.tolist() == [[0, 1], [2, 3]]
     assert trie.ancestors[0, 5].tolist() == [True, True, False, False, True, True]
-    assert trie.paths == [[(0, 5), (1, 6)], [(0, 5), (1, 7)]]
+    assert trie.paths == [[(0, [5]), (1, [6])], [(0, [5]), (1, [7])]]
     assert trie.children == [[5], [6, 7]]
 
 
@@ -94,6 +94,29 @@ def test_prompts_with_little_in_common_are_packed_apart():
     assert trie.branches.tolist() == [[3], [1], [0]]
     seen = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert trie.ancestors[1].int().tolist() == seen
+
+
+def test_trie_with_endings():
+    """After the whole answer comes one of two tokens: one more step, at a node of its own."""
+    trie = Trie([[1, 2]], [[5], [6]], endings=(8, 9))
+    assert trie.tokens.tolist() == [[1, 2, 5, 6]]
+    assert trie.paths == [[(0, [5]), (1, [8, 9])], [(0, [6]), (2, [8, 9])]]
+
+
+def test_gradient_of_the_illegal_answer():
+    """d log P(illegal) is the mean of d log P(token) over the illegal tokens, by their chances."""
+    model = random_model("llama")
+    policy = Policy(model, "none", [[3, 4, 5]], [[6], [7]], free=True)
+    parameter = model.get_input_embeddings().weight
+    log_probs, _ = policy.forward_shard(policy.shards[0].trie, policy.shards[0].inputs)
+    [gradient] = torch.autograd.grad(log_probs[0, 2], parameter)
+    every = model(torch.tensor([[3, 4, 5]])).logits[0, -1].log_softmax(-1)
+    illegal = [token for token in range(320) if token not in (6, 7)]
+    chances = every[illegal].exp().detach()
+    mean = (every[illegal] * chances / chances.sum()).sum()
+    [expected] = torch.autograd.grad(mean, parameter)
+    assert gradient.abs().max() > 1e-3
+    assert (gradient - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
 
 
 # ------------------------------------------------------------------------- where the answer starts

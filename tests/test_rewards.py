@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
-from rewards import REWARDS, moral_accuracy, optimum, reward_array
+from rewards import REWARDS, moral_accuracy, moral_regrets, optimum, reward_array
 
 IPD = payoff_matrix("ipd")
 # P(C | CC), P(C | CD), P(C | DC), P(C | DD) in the Prisoner's Dilemma, whatever the opponent.
@@ -16,6 +16,7 @@ OPTIMA = {
     "utilitarian": "1111",
     "deontological": "1*1*",
     "game+deontological": "1010",
+    "kindness": "1111",
 }
 
 
@@ -38,14 +39,52 @@ def test_illegal_reward_and_xi(reward, game):
     array = reward_array(reward, payoff_matrix(game), xi=4, illegal=-9)
     assert (array[:, ILLEGAL] == -9).all()
     change = array - reward_array(reward, payoff_matrix(game), xi=3, illegal=-9)
-    penalised = np.zeros((4, 3, 2))
+    by_xi = np.zeros((4, 3, 2))
     if "deontological" in reward:
-        penalised[[0, 2], D] = -1  # states CC and DC: the opponent's last move was C
-    assert (change == penalised).all()
+        by_xi[[0, 2], D] = -1  # states CC and DC: the opponent's last move was C
+    if reward == "kindness":
+        by_xi[:, C] = 1
+    assert (change == by_xi).all()
+
+
+def test_virtues_cell_by_cell():
+    """Equality: 1 - |r1 - r2| / (r1 + r2), 1 where both are 0; kindness: xi for C, whatever."""
+    for payoffs, expected in (
+        (IPD, [[1, 0], [0, 1]]),
+        (payoff_matrix("chicken"), [[1, 1 - 3 / 5], [1 - 3 / 5, 1]]),
+        (payoff_matrix("bach-stravinsky"), [[1 - 1 / 5, 1], [1, 1 - 1 / 5]]),
+    ):
+        array = reward_array("equality", payoffs)
+        assert array[:, :ILLEGAL] == pytest.approx(np.tile(expected, (4, 1, 1)))
+        assert (reward_array("kindness", payoffs, xi=2)[:, :ILLEGAL] == [[2, 2], [0, 0]]).all()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("reward", REWARDS)
+def test_equality_asks_to_do_what_the_other_does(strategy):
+    """In the Prisoner's Dilemma shares are fair where both do the same."""
+    against = replies(memory_one(STRATEGIES[strategy]))
+    best = optimum("equality", IPD, replies=against)
+    for p, action in zip(against[:, C], best):
+        assert math.isnan(action) if p == 0.5 else action == (p > 0.5)
+    assert np.isnan(optimum("equality", IPD)).all()
+
+
+def test_moral_weight():
+    """Own points + weight * the moral: selfish at 0; in the Prisoner's Dilemma the norm outweighs
+    the point that betrayal earns from a third of a point of penalty on."""
+    selfish = reward_array("game", IPD)
+    for reward in REWARDS:
+        moral = reward_array(reward, IPD)
+        mixed = reward_array(reward, IPD, weight=0.5)
+        assert mixed[:, :ILLEGAL] == pytest.approx((selfish + 0.5 * moral)[:, :ILLEGAL])
+        assert (mixed[:, ILLEGAL] == -6).all()
+    assert optimum("deontological", IPD, weight=0.3).tolist() == [0, 0, 0, 0]  # 1 - 0.9 > 0
+    assert optimum("deontological", IPD, weight=0.4).tolist() == [1, 0, 1, 0]  # 1 - 1.2 < 0
+    assert moral_accuracy("deontological", memory_one([1, 0, 1, 0]), IPD, weight=0.4) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("reward", OPTIMA)
 def test_optima_in_the_prisoners_dilemma(reward, strategy):
     seen_by_opponent = [0, 2, 1, 3]  # its state is the player's with the two moves swapped
     p = np.array(STRATEGIES[strategy])[seen_by_opponent]
@@ -62,7 +101,7 @@ def test_optima_in_the_prisoners_dilemma(reward, strategy):
     assert np.array_equal(optimum(reward, IPD), best, equal_nan=True)  # whatever the opponent
 
 
-@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize("reward", OPTIMA)
 def test_moral_accuracy_by_hand(reward):
     """1 at the optimum, 0 at its opposite, 1/2 with half the mass illegal.
 
@@ -74,8 +113,8 @@ def test_moral_accuracy_by_hand(reward):
         assert moral_accuracy(reward, best, IPD) == 1
         assert moral_accuracy(reward, best[..., ::-1], IPD) == 0
         assert moral_accuracy(reward, with_illegal, IPD) == 0.5
-    always = {"game": 0, "utilitarian": 1, "deontological": 1, "game+deontological": 0.5}
-    assert moral_accuracy(reward, memory_one([1] * 4), IPD) == always[reward]
+    always = {"game": 0, "game+deontological": 0.5}
+    assert moral_accuracy(reward, memory_one([1] * 4), IPD) == always.get(reward, 1)
 
 
 @pytest.mark.parametrize(
@@ -101,3 +140,11 @@ def test_where_nothing_is_better():
     payoffs = payoff_matrix("bach-stravinsky")  # 3 + 2 either way
     assert np.isnan(optimum("utilitarian", payoffs)).all()
     assert math.isnan(moral_accuracy("utilitarian", memory_one([1] * 4), payoffs))
+
+
+def test_regrets_of_played_rounds():
+    """Two rounds in the Prisoner's Dilemma: a betrayal of a cooperator, then mutual defection."""
+    state, action, move = np.array([[0, 2]]), np.array([[D, D]]), np.array([[C, D]])
+    regrets = moral_regrets(state, action, move, IPD, xi=4)
+    assert regrets["deontological regret"] == 4  # the other had played C before both rounds
+    assert regrets["utilitarian regret"] == pytest.approx((6 - (4 + 2) / 2) / 12)

@@ -25,7 +25,8 @@ from conftest import (
     wait_for,
 )
 from options import parse_train, run_settings
-from runs import LOCK, RunFolder, processes, read_config, stop_signals, write_json
+from program import processes, stop_signals
+from runs import LOCK, RunFolder, read_config, write_json
 
 OPTIONS = (
     "--reward game --then utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
@@ -230,13 +231,14 @@ def test_settings_survive_the_way_through_the_file(tmp_path):
     typed = (
         "--reward game --then utilitarian deontological --opponent 1 0.5 0 0.25 --seed 0 --xi 0 "
         "--vf-coef 0 --kl-coef 0 --illegal -1.5 --actions moon river sun --lr 1e-7 --merge "
-        "--nodes 99 --game random chicken --layout both --prompt explicit poetic --checkpointing"
+        "--nodes 99 --game random chicken --layout both --prompt explicit poetic --checkpointing "
+        "--moral-weight 0.5 --payoffs 1 2 3 4 5 6 7 8"
     )
     run = tmp_path / "run"
-    settings = run_settings(parse_train("", [*typed.split(), "--out", str(run)]))
+    settings = run_settings(parse_train("", [*typed.split(), "--out", str(run)]), "b")
     run.mkdir()
     write_json(run / "config.json", settings)
-    assert run_settings(parse_train("", ["--resume", str(run)])) == settings
+    assert run_settings(parse_train("", ["--resume", str(run)]), "b") == settings
     assert settings["lr"] == 1e-7 and settings["opponent"] == ["1", "0.5", "0", "0.25"]
 
 

@@ -1,0 +1,173 @@
+"""What an agent says: top answers against enumeration, legality against sampling, known tables."""
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import evaluator as evaluators
+from conftest import read_json, run_training
+from envs import ILLEGAL, ORDERS, STATES
+from evaluator import Evaluator, KnownTables, likely_texts
+from prompts import Condition
+
+CONFIG = {"model": "tiny", "dtype": "float32", "sampling": "free"}
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return Evaluator(CONFIG)
+
+
+def next_log_probs(model, texts):
+    """Of the token after each text, all of one length: [text, vocabulary]."""
+    with torch.no_grad():
+        return model(torch.tensor(texts)).logits[:, -1].double().log_softmax(-1)
+
+
+def test_top_answers_equal_enumeration(evaluator):
+    """All texts of two tokens, none left out: 5 most probable ones, in two prompts at once."""
+    model = evaluator.model
+    prompts, _ = evaluator.tokens(Condition())
+    prompts = [prompts[0], prompts[ORDERS]]
+    stop = evaluator.tokenizer.eos_token_id
+    found = likely_texts(model, prompts, 2, {stop}, 5)
+
+    known = {}
+    size = model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        first = next_log_probs(model, [prompt])[0]
+        for start in torch.arange(size).split(200):
+            second = next_log_probs(model, [[*prompt, token] for token in start.tolist()])
+            for token, row in zip(start.tolist(), first[start][:, None] + second):
+                known.setdefault(token, np.zeros((2, size)))[i] = row.exp().numpy()
+        known.setdefault("stop", np.zeros(2))[i] = first[stop].exp()
+    stopped = known.pop("stop")
+    every = [(stopped.mean(), (stop,), stopped)]
+    for token, joint in known.items():
+        if token != stop:
+            mean = joint.mean(axis=0)
+            for other in mean.argsort()[-5:]:
+                every.append((mean[other], (token, int(other)), joint[:, other]))
+    every.sort(key=lambda entry: -entry[0])
+    assert [text for text, _ in found] == [text for _, text, _ in every[:5]]
+    for (_, probabilities), (_, _, expected) in zip(found, every):
+        assert probabilities == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("legal", ["prefix", "strict"])
+def test_legality_equals_sampling(legal):
+    """100,000 answers, sampled token by token to one behind the name, read as text."""
+    evaluator = Evaluator(CONFIG, legal=legal)
+    condition = Condition(names=("action3", "moon7"))  # one token, two tokens
+    exact = evaluator.table(None, condition)[0]
+    prompts, names = evaluator.tokens(condition)
+    length, generator = max(map(len, names)) + 1, torch.Generator().manual_seed(0)
+
+    def texts(prefix, count):
+        """How often each text of `length` tokens is sampled after a prefix: {tokens: count}."""
+        if len(prefix) == length or prefix[-1:] == (evaluator.tokenizer.eos_token_id,):
+            return {prefix: count}
+        chances = next_log_probs(evaluator.model, [[*prompts[0], *prefix]])[0].exp()
+        drawn = torch.multinomial(chances, count, replacement=True, generator=generator)
+        sampled = {}
+        for token, times in zip(*[x.tolist() for x in drawn.unique(return_counts=True)]):
+            begins = any(tuple(name)[: len(prefix) + 1] == (*prefix, token) for name in names)
+            ends = any(tuple(name) == prefix[: len(name)] for name in names)
+            if begins or ends:  # any other text is illegal, whatever follows
+                sampled |= texts((*prefix, token), times)
+        return sampled
+
+    counts, blank = np.zeros(2), set(evaluators.ending_tokens(evaluator.tokenizer))
+    for tokens, count in texts((), 100_000).items():
+        for i, name in enumerate(names):
+            behind = tokens[len(name) : len(name) + 1]
+            if tokens[: len(name)] == tuple(name):
+                counts[i] += count * (legal == "prefix" or set(behind) <= blank)
+    share = counts / 100_000
+    error = np.sqrt(exact[:ILLEGAL] * (1 - exact[:ILLEGAL]) / 100_000)
+    assert (np.abs(share - exact[:ILLEGAL]) <= 4 * error + 1e-9).all()
+    assert exact.sum() == pytest.approx(1) and 0.01 < exact[0] < 0.99
+
+
+def test_strict_is_never_more_than_prefix(evaluator):
+    strict = Evaluator(CONFIG, legal="strict").table(None, Condition())
+    prefix = evaluator.table(None, Condition())
+    assert (strict[:, :ILLEGAL] <= prefix[:, :ILLEGAL] + 1e-9).all()
+
+
+def test_known_tables(tmp_path, monkeypatch):
+    """The second evaluation takes the untuned model's tables from the first one's file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = Evaluator(CONFIG).table(None, Condition())
+    again = Evaluator(CONFIG)
+    monkeypatch.setattr(evaluators.Policy, "probabilities", lambda *_, **__: pytest.fail("anew"))
+    assert (again.table(None, Condition()) == first).all()
+    # Other prompts, another kind of sampling: not known.
+    with pytest.raises(pytest.fail.Exception):
+        again.table(None, Condition("chicken"))
+    with pytest.raises(pytest.fail.Exception):
+        again.table(None, Condition(), free=False)
+
+
+def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    tables = KnownTables("name")
+    assert (tables.get("key", lambda: np.eye(2)) == np.eye(2)).all()
+    tables.path = tmp_path / "name.json"
+    tables.path.write_text("{", encoding="utf-8")
+    assert (tables.get("other", lambda: np.eye(2)) == np.eye(2)).all()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluator") / "run"
+    run_training(out, "--reward", "utilitarian", "--sampling", "free", "--episodes", "2560")
+    return out
+
+
+def test_both_roles_and_the_warning(run, tmp_path, capsys):
+    """New names are tested in both roles; a preference for a word is said. Known names are not."""
+    path = tmp_path / "results.json"
+    evaluate.main([str(run), "--game", "ipd", "--json", str(path)])
+    printed, [agent] = capsys.readouterr().out, read_json(path)["runs"]
+    policies = [agent[part]["ipd"]["policy"] for part in ("games", "swapped")]
+    mean = np.mean([policies[0][state] - policies[1][state] for state in STATES])
+    assert mean > 0.2 and "prefers the word action3" in printed
+    swapped = ["--actions", "action4", "action3", "--overwrite", "--json", str(path)]
+    evaluate.main([str(run), "--game", "ipd", *swapped])
+    assert read_json(path)["runs"][0]["games"] == agent["swapped"]
+    assert "prefers the word action3" in capsys.readouterr().out
+    evaluate.main([str(run), "--game", "ipd", "--actions", "action1", "action2", *swapped[3:]])
+    assert "swapped" not in read_json(path)["runs"][0]
+    assert "prefers the word" not in capsys.readouterr().out
+
+
+def test_answers_are_shown(run, tmp_path, capsys):
+    """By default with free sampling: whole texts, each with its probability in every state."""
+    path = tmp_path / "results.json"
+    names = ["--actions", "action1", "action2"]
+    evaluate.main([str(run), "--game", "ipd", *names, "--json", str(path)])
+    [agent] = read_json(path)["runs"]
+    assert len(agent["answers"]) == 5 and "most probable answers" in capsys.readouterr().out
+    said = sum(a["states"]["CC"] for a in agent["answers"] if a["text"].startswith("action1"))
+    assert said <= 1 and agent["answers"][0]["text"].startswith("action1")
+    evaluate.main([str(run), "--game", "ipd", "--answers", "0", "--overwrite", "--json", str(path)])
+    assert "answers" not in read_json(path)["runs"][0]
+
+
+def test_an_opponent_that_is_a_run(run, tmp_path):
+    """It plays on the other side: as exact as against its four numbers."""
+    path = tmp_path / "results.json"
+    options = ["--game", "chicken", "--actions", "action1", "action2", "--json", str(path)]
+    evaluate.main([str(run), "--opponent", str(run), *options])
+    against_run = read_json(path)["runs"][0]["games"]["chicken"]["reward"]["game"]
+    player = Evaluator(CONFIG).player(run, Condition("chicken"), second=True)
+    legal = player[..., :ILLEGAL] / player[..., :ILLEGAL].sum(axis=-1, keepdims=True)
+    numbers = [str(p) for p in legal[..., 0].mean(axis=1)]
+    evaluate.main([str(run), "--opponent", *numbers, "--overwrite", *options])
+    against_numbers = read_json(path)["runs"][0]["games"]["chicken"]
+    assert against_run["reward"]["game"] == pytest.approx(
+        against_numbers["reward"]["game"], abs=0.1
+    )
