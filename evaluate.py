@@ -7,14 +7,14 @@
 
 An agent is an array of probabilities, 4 states x 4 name orders and its opponent is four numbers,
 so every figure is an expectation over a Markov chain of the last moves: nothing is sampled (unless
---samples asks for it). By default the action names are ones that training never showed, tested in
-both roles: what prefers a word does the opposite when the names change places. Runs that differ
-only by seed are a group: mean and 95 % confidence interval over its seeds (Student's t).
+--samples asks for it). By default the action names are ones that training never showed. Names are
+tested in both roles: what prefers a word does the opposite when they change places. Runs that
+differ only by seed are a group: mean and 95 % confidence interval over its seeds (Student's t).
 
 The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C
 C|D D|C D|D illegal|C illegal|D}, reward and regret {by name}; `.swapped[game]` the same with the
-names in each other's role, where they are new; `.axes[axis][value]` with --axes; `.answers` the
-most probable answers. `baseline` has the same for the untuned model, `groups[i]` the same with
+names in each other's role, unless training had both; `.axes[axis][value]` with --axes; `.answers`
+the most probable answers. `baseline` has the same for the untuned model, `groups[i]` the same with
 mean, ci95 and paper95 (1.96 s / sqrt n) at each leaf. More questions: the scripts in studies/.
 """
 
@@ -287,10 +287,11 @@ def opponent_of(words, evaluator, condition):
 def conditions_of(args, configs, evaluator):
     """Where every agent is tested: a list of (path in its results, Condition).
 
-    Names that are new to an agent are tested in both roles. What the model cannot be put into is
-    left out of --axes, with a line that says so.
+    Names that an agent does not know in both roles are tested in both. What the model cannot be put
+    into is left out of --axes, with a line that says so.
     """
-    new = any(not {*args.actions} <= {*action_names(config["actions"])} for config in configs)
+    known = [set(action_names(config["actions"])) for config in configs]  # more than two: both
+    new = any(len(names) == 2 or not {*args.actions} <= names for names in known)
     tests = []
     for game in games_from(args):
         condition = condition_from(args, game)

@@ -199,15 +199,19 @@ def print_conditions(results):
 
 def print_roles(group, names):
     """Warn of an agent whose policy depends on which name stands for which action."""
+
+    def legal(measures, state):
+        return measures["policy"][state]["mean"] / (1 - measures["illegal"][state]["mean"] + 1e-9)
+
     for game, swapped in group.get("swapped", {}).items():
-        policy = group["games"][game]["policy"]
-        differences = [policy[state]["mean"] - swapped["policy"][state]["mean"] for state in STATES]
-        mean = sum(differences) / len(differences)
+        own = group["games"][game]
+        mean = sum(legal(own, state) - legal(swapped, state) for state in STATES) / len(STATES)
         if abs(mean) > ROLES_DIFFER:
             word = names[0] if mean > 0 else names[1]
             print(
-                f"\nwarning: {group['name']}, {game}: P(C) changes by {abs(mean):.2f} when the "
-                f"names change places: it prefers the word {word}, whatever that stands for"
+                f"\nwarning: {group['name']}, {game}: P(C) of legal answers changes by "
+                f"{abs(mean):.2f} when the names change places: it prefers the word {word}, "
+                "whatever that stands for"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 
 import evaluate
 import evaluator as evaluators
-from conftest import read_json, run_training
+from conftest import copy_run, read_json, run_training
 from envs import ILLEGAL, ORDERS, STATES
 from evaluator import Evaluator, KnownTables, likely_texts
 from prompts import Condition
@@ -128,18 +128,20 @@ def run(tmp_path_factory):
 
 
 def test_both_roles_and_the_warning(run, tmp_path, capsys):
-    """New names are tested in both roles; a preference for a word is said. Known names are not."""
+    """Names are tested in both roles; a preference for a word is said."""
     path = tmp_path / "results.json"
     evaluate.main([str(run), "--game", "ipd", "--json", str(path)])
     printed, [agent] = capsys.readouterr().out, read_json(path)["runs"]
-    policies = [agent[part]["ipd"]["policy"] for part in ("games", "swapped")]
-    mean = np.mean([policies[0][state] - policies[1][state] for state in STATES])
-    assert mean > 0.2 and "prefers the word action3" in printed
+    parts = [agent[part]["ipd"] for part in ("games", "swapped")]
+    legal = [[p["policy"][s] / (1 - p["illegal"][s]) for s in STATES] for p in parts]
+    assert np.mean(legal[0]) - np.mean(legal[1]) > 0.2 and "prefers the word action3" in printed
     swapped = ["--actions", "action4", "action3", "--overwrite", "--json", str(path)]
     evaluate.main([str(run), "--game", "ipd", *swapped])
     assert read_json(path)["runs"][0]["games"] == agent["swapped"]
     assert "prefers the word action3" in capsys.readouterr().out
-    evaluate.main([str(run), "--game", "ipd", "--actions", "action1", "action2", *swapped[3:]])
+    # An agent whose training had these names in both roles is not tested twice.
+    known = copy_run(run, tmp_path / "known", actions=["action3", "moon", "action4"])
+    evaluate.main([str(known), "--game", "ipd", *swapped])
     assert "swapped" not in read_json(path)["runs"][0]
     assert "prefers the word" not in capsys.readouterr().out
 
@@ -167,7 +169,5 @@ def test_an_opponent_that_is_a_run(run, tmp_path):
     legal = player[..., :ILLEGAL] / player[..., :ILLEGAL].sum(axis=-1, keepdims=True)
     numbers = [str(p) for p in legal[..., 0].mean(axis=1)]
     evaluate.main([str(run), "--opponent", *numbers, "--overwrite", *options])
-    against_numbers = read_json(path)["runs"][0]["games"]["chicken"]
-    assert against_run["reward"]["game"] == pytest.approx(
-        against_numbers["reward"]["game"], abs=0.1
-    )
+    against_numbers = read_json(path)["runs"][0]["games"]["chicken"]["reward"]["game"]
+    assert against_run == pytest.approx(against_numbers, abs=0.1)

@@ -13,7 +13,8 @@ import train
 from conftest import ROOT, read_json
 from rewards import REWARDS
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAPER = (ROOT / "docs" / "PAPER.md").read_text(encoding="utf-8")
 APPENDED = re.compile(r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
 REPLACED = re.compile(
     r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
@@ -41,8 +42,8 @@ def in_fork(fork, *command):
 def test_every_command_and_snippet(fork):
     """The changes of "Fork it" first, then all commands and snippets in their order.
 
-    Training is short. Left out are commands of a real model (google/...), the grids of studies/
-    and benchmarks/.
+    Training is short. Left out are commands of a real model (Qwen/...) and of its run, the grids
+    of studies/ and benchmarks/.
     """
     changes = APPENDED.findall(README)
     assert [file for file, _ in changes] == ["rewards.py", "envs.py", "prompts.py"]
@@ -50,8 +51,9 @@ def test_every_command_and_snippet(fork):
         with open(fork / file, "a") as target:
             target.write("\n\n" + snippet)
     shown = []
-    for command, snippet in SHOWN.findall(REPLACED.sub("", APPENDED.sub("", README))):
-        if "google/" not in command:
+    pages = APPENDED.sub("", README) + REPLACED.sub("", PAPER)
+    for command, snippet in SHOWN.findall(pages):
+        if "Qwen/" not in command and "runs/qwen" not in command and "--paper" not in command:
             shown.append((command, snippet))
     assert sum(snippet != "" for _, snippet in shown) == 1 and len(shown) >= 8
     for command, snippet in shown:
@@ -65,7 +67,7 @@ def test_every_command_and_snippet(fork):
 
 def test_group_relative_advantage(fork):
     """The snippet for ppo.py, in place of the line that it names: the agent learns."""
-    [(file, line, snippet)] = REPLACED.findall(README)
+    [(file, line, snippet)] = REPLACED.findall(PAPER)
     text = (fork / file).read_text()
     assert file == "ppo.py" and text.count(f"\n        {line}\n") == 1 == text.count(line)
     assert len(snippet.splitlines()) == 5
@@ -90,7 +92,7 @@ def test_every_option_in_the_readme_exists(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             program.main()
         known |= options(capsys.readouterr().out)
-    assert options(README) <= known
+    assert options(README + PAPER) <= known
     for reward in REWARDS:
         assert f"`{reward}`" in README
 

@@ -194,7 +194,7 @@ def test_own_prompt_and_persona_change_the_text(run, tmp_path, capsys):
     ask.main([str(run), "--game", "ipd", *options])
     printed = capsys.readouterr().out
     assert "Choose action3 or action4. They did action4." in printed
-    assert "when the other agent chose action3" in printed
+    assert "you never harm someone" in printed
 
 
 # ---------------------------------------------------------------------------------------- transfer

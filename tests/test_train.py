@@ -406,7 +406,7 @@ def test_a_start_of_another_rank_is_refused(runs, capsys, tmp_path):
         ("--reward kind", ["--reward", "utilitarian"]),
         ("--colour red", ["--colour"]),
         # What is learned, from whom.
-        ("--then kindness", ["--then"]),
+        ("--then virtue", ["--then"]),
         ("--then game --episodes 1", ["--episodes", "phases"]),
         ("--then game --episodes 256", ["--episodes", "phases"]),
         ("--switch 5", ["--switch"]),
