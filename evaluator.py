@@ -25,7 +25,7 @@ from prompts import Condition, build_prompts
 from runs import write_json
 
 # Prose that has nothing to do with games, and how much of it is read.
-PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 1024
+PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 512
 UNRELATED = ("choice", "game", "game_state")  # wordings that do not tell the game
 RARE = 1e-6  # texts with less probability than that are not looked for
 WIDTH = 8  # prefixes that a pass of the search looks behind
@@ -57,7 +57,7 @@ class Evaluator:
         self.endings = ending_tokens(self.tokenizer) if legal == "strict" and self.free else ()
         self.run = None  # whose adapter is loaded
         self.policy = lru_cache(maxsize=None)(self.build_policy)  # all runs meet all conditions
-        self.known = KnownTables(f"{base}-{self.model.dtype}-{self.model.device.type}")
+        self.known = KnownResults(f"{base}-{self.model.dtype}-{self.model.device.type}")
 
     def tokens(self, condition, second=False):
         """Token ids of a Condition: 16 prompts, two answers."""
@@ -91,7 +91,8 @@ class Evaluator:
         """Probabilities [prompt, outcome] of a run's agent, or (None) of the untuned model."""
         policy, key = self.policy(condition, second, free)
         if run is None:
-            return self.known.get(key, lambda: policy.probabilities(reference=True))
+            untuned = self.known.get(key, lambda: policy.probabilities(reference=True).tolist())
+            return np.array(untuned)
         self.load(run)
         return policy.probabilities()
 
@@ -107,13 +108,18 @@ class Evaluator:
 
         A list of {"text", "mean", "states": {state: probability}}, see `likely_texts`.
         """
+        if run is None:
+            _, key = self.policy(condition)
+            return self.known.get(f"{key}, {count} answers", lambda: self.said(condition, count))
+        self.load(run)
+        with adapter(self.model, "agent"):
+            return self.said(condition, count)
+
+    def said(self, condition, count):
+        """`answers` of the model as it is."""
         prompts, names = self.tokens(condition)
-        prompts, length = prompts[::ORDERS], max(map(len, names)) + 1
-        if run is not None:
-            self.load(run)
-        with adapter(self.model, None if run is None else "agent"):
-            stops = set(self.tokenizer.all_special_ids)
-            found = likely_texts(self.model, prompts, length, stops, count)
+        length, stops = max(map(len, names)) + 1, set(self.tokenizer.all_special_ids)
+        found = likely_texts(self.model, prompts[::ORDERS], length, stops, count)
         said = []
         for tokens, probabilities in found:
             states = dict(zip(STATES, probabilities.tolist()))
@@ -155,8 +161,8 @@ class Evaluator:
         }
 
 
-class KnownTables:
-    """Tables of untuned models that an earlier evaluation has computed, in the user's cache.
+class KnownResults:
+    """What an earlier evaluation has computed of an untuned model, in the user's cache.
 
     name: of the model, of its weights and of how they are computed
     """
@@ -165,20 +171,20 @@ class KnownTables:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.path = Path(cache) / "moral-alignment" / f"{name}.json"
         try:
-            self.tables = json.loads(self.path.read_text(encoding="utf-8"))
+            self.results = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none yet, or no longer whole: it can be computed anew
-            self.tables = {}
+            self.results = {}
 
     def get(self, key, compute):
-        """The table of this key, float64 [prompt, outcome]; computed where it is not known."""
-        if key not in self.tables:
-            self.tables[key] = compute().tolist()
+        """The result of this key, whatever JSON keeps; computed where it is not known."""
+        if key not in self.results:
+            self.results[key] = compute()
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.path, self.tables)
+                write_json(self.path, self.results)
             except OSError:
                 self.path = Path(os.devnull)  # a home that cannot be written: only slower
-        return np.array(self.tables[key])
+        return self.results[key]
 
 
 @torch.no_grad()

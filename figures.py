@@ -41,14 +41,14 @@ ACTION_COLOURS = {
 }
 AGENT_COLOURS = {
     "untuned": "#FFFFFF",
-    "game": "#F0E442",
+    "game": "#E69F00",
     "deontological": "#CC79A7",
     "utilitarian": "#009E73",
     "game+deontological": "#5B3A8E",
     "equality": "#56B4E9",
-    "kindness": "#E69F00",
+    "kindness": "#F0E442",
 }
-LINE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LINES = ["-", "--", ":", "-."]
 HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
 NORMS = ("deontological", "utilitarian")
 
@@ -173,17 +173,20 @@ def plot_curves(results):
     }
     layout = {"sharex": True, "layout": "constrained"}
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6.2), **layout)
-    for i, group in enumerate(results["groups"][1:]):
+    seen = []
+    for group in results["groups"][1:]:
         logs = [read_metrics(Path(results["runs"][run]["run"])) for run in group["runs"]]
         updates = min(map(len, logs))
         episodes = [int(row["episodes"]) for row in logs[0][:updates]]
-        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)]}
+        style = {"color": AGENT_COLOURS.get(group["reward"], "#999999")}
+        line = LINES[seen.count(group["reward"]) % len(LINES)]
+        seen.append(group["reward"])
         for ax, (measure, title) in zip(axes.flat, titles.items()):
             values = [[value_of(row, measure) for row in log[:updates]] for log in logs]
             leaves = mean_and_interval([dict(enumerate(row)) for row in values]).values()
             mean = np.array([leaf["mean"] for leaf in leaves], dtype=float)
             spread = np.array([leaf["ci95"] or 0 for leaf in leaves])
-            ax.plot(episodes, mean, label=group["name"], linewidth=1.6, **style)
+            ax.plot(episodes, mean, line, label=group["name"], linewidth=1.6, **style)
             ax.fill_between(episodes, mean - spread, mean + spread, alpha=0.15, **style)
             ax.set_ylabel(title)
     for ax in axes[1]:

@@ -8,7 +8,7 @@ import evaluate
 import evaluator as evaluators
 from conftest import copy_run, read_json, run_training
 from envs import ILLEGAL, ORDERS, STATES
-from evaluator import Evaluator, KnownTables, likely_texts
+from evaluator import Evaluator, KnownResults, likely_texts
 from prompts import Condition
 
 CONFIG = {"model": "tiny", "dtype": "float32", "sampling": "free"}
@@ -96,7 +96,7 @@ def test_strict_is_never_more_than_prefix(evaluator):
     assert (strict[:, :ILLEGAL] <= prefix[:, :ILLEGAL] + 1e-9).all()
 
 
-def test_known_tables(tmp_path, monkeypatch):
+def test_known_results(tmp_path, monkeypatch):
     """The second evaluation takes the untuned model's tables from the first one's file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = Evaluator(CONFIG).table(None, Condition())
@@ -113,11 +113,12 @@ def test_known_tables(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("not a folder")
-    tables = KnownTables("name")
-    assert (tables.get("key", lambda: np.eye(2)) == np.eye(2)).all()
-    tables.path = tmp_path / "name.json"
-    tables.path.write_text("{", encoding="utf-8")
-    assert (tables.get("other", lambda: np.eye(2)) == np.eye(2)).all()
+    assert KnownResults("name").get("key", lambda: [1, 2]) == [1, 2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "moral-alignment").mkdir()
+    (tmp_path / "moral-alignment" / "name.json").write_text("{", encoding="utf-8")
+    assert KnownResults("name").get("key", lambda: [1, 2]) == [1, 2]
+    assert KnownResults("name").get("key", lambda: pytest.fail("anew")) == [1, 2]
 
 
 @pytest.fixture(scope="module")
