@@ -182,8 +182,10 @@ def plot_curves(results):
         line = LINES[seen.count(group["reward"]) % len(LINES)]
         seen.append(group["reward"])
         for ax, (measure, title) in zip(axes.flat, titles.items()):
-            values = [[value_of(row, measure) for row in log[:updates]] for log in logs]
-            leaves = mean_and_interval([dict(enumerate(row)) for row in values]).values()
+            by_seed = []
+            for log in logs:
+                by_seed.append({i: value_of(log[i], measure) for i in range(updates)})
+            leaves = mean_and_interval(by_seed).values()
             mean = np.array([leaf["mean"] for leaf in leaves], dtype=float)
             spread = np.array([leaf["ci95"] or 0 for leaf in leaves])
             ax.plot(episodes, mean, line, label=group["name"], linewidth=1.6, **style)

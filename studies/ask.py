@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from envs import ORDERS, STATES
-from evaluate import condition_from, condition_parser, games_from, read_runs
 from evaluator import Evaluator
 from lora import adapter
 from models import write_chats
 from program import printing, user_error
 from prompts import build_prompts
 from runs import write_json
+from tested import condition_from, condition_parser, games_from, read_runs
 
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")
 
@@ -62,7 +62,9 @@ def generate(evaluator, run, chats, **settings):
     if tokenizer.chat_template:
         texts = write_chats(tokenizer, chats, add_generation_prompt=True)
     else:
-        texts = ["\n".join(turn["content"] for turn in chat) + "\n" for chat in chats]
+        texts = []
+        for chat in chats:
+            texts.append("".join(turn["content"] + "\n" for turn in chat))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     special = not tokenizer.chat_template  # a template writes its own special tokens

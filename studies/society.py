@@ -31,11 +31,11 @@ from envs import (
     payoff_matrix,
     transitions,
 )
-from evaluate import condition_from, condition_parser, games_from, read_runs
 from evaluator import Evaluator
 from program import printing, user_error
 from rewards import reward_array
 from runs import write_json
+from tested import condition_from, condition_parser, games_from, read_runs
 
 
 def meet(player, other, other_opening, payoffs, rounds, illegal=-6.0):

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from envs import STATES, C, by_state, payoff_matrix, random_game
-from evaluate import read_configs
 from evaluator import Evaluator
 from figures import check_matplotlib, plot_heat_map, pyplot, save
 from grid import ROOT, grid_parser, markdown, train_all
@@ -36,6 +35,7 @@ from prompts import action_names, first_condition
 from report import group_by_seed, show
 from rewards import REWARDS, moral_accuracy, optimum
 from runs import read_config, write_json
+from tested import read_configs
 
 MORALS = ("game", "utilitarian", "deontological", "game+deontological")
 # Where games differ: smaller steps, and more of them.
