@@ -47,6 +47,8 @@ from tested import condition_from, condition_parser, games_from, read_configs, r
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
+# Settings of a run that --json has beside its results.
+SHOWN = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
 NAME_PAIRS = "action3 action4, action4 action3, action1 action2, action2 action1, A B, X Y, 0 1"
 AXES = {  # what --axes varies, one thing at a time, on the first --game
     "actions": [*NAME_PAIRS.split(", "), "qv zk", "wjx bnu", "hqzrtkm pvxgdns"],
@@ -129,7 +131,7 @@ def evaluate(args, configs):
 
     from evaluator import Evaluator
 
-    evaluator = Evaluator(configs[0], args.sampling, args.legal)
+    evaluator = Evaluator(configs[0], args.sampling, args.legal, args.runs)
     answers = args.answers if args.answers is not None else 5 * evaluator.free
     tests = conditions_of(args, configs, evaluator)
     bar = tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None)
@@ -149,19 +151,12 @@ def evaluate(args, configs):
             result["answers"] = evaluator.answers(run, tests[0][1], answers)
         return result
 
-    results = {}
-    settings = "opponent actions layout prompt persona rounds samples xi illegal legal payoffs"
-    for key in settings.split():
-        results[key] = getattr(args, key)
-    results["sampling"] = args.sampling or configs[0]["sampling"]
-    results["prompt_file"] = str(args.prompt_file) if args.prompt_file else None
+    results = asked(args, configs)
     results["baseline"], results["runs"] = agent(None), []
-    shown = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
     try:
         for run, config in zip(args.runs, configs):
-            settings = {key: config[key] for key in shown}
-            own = {"run": str(run), **settings, **agent(run), "drift": evaluator.drift(run)}
-            results["runs"].append(own)
+            own = {"run": str(run)} | {key: config[key] for key in SHOWN}
+            results["runs"].append(own | agent(run) | {"drift": evaluator.drift(run)})
     except KeyboardInterrupt:
         done = len(results["runs"])
         print(f"\nstopped: {done} of {len(args.runs)} runs are evaluated", file=sys.stderr)
@@ -171,6 +166,15 @@ def evaluate(args, configs):
     known = configs[: len(results["runs"])]
     results["groups"] = group_by_seed(results["baseline"], results["runs"], known)
     return results
+
+
+def asked(args, configs):
+    """The settings of the test, as --json has them."""
+    settings = "opponent actions layout prompt persona rounds samples xi illegal legal payoffs"
+    asked = {key: getattr(args, key) for key in settings.split()}
+    asked["sampling"] = args.sampling or configs[0]["sampling"]
+    asked["prompt_file"] = str(args.prompt_file) if args.prompt_file else None
+    return asked
 
 
 def opponent_of(words, evaluator, condition):
@@ -201,8 +205,7 @@ def conditions_of(args, configs, evaluator):
             try:
                 evaluator.policy(condition)
             except ValueError as error:
-                left_out = f"{axis} {value} is left out: {error}"
-                print(f"warning: --axes: {left_out}", file=sys.stderr)
+                print(f"warning: --axes: {axis} {value} left out: {error}", file=sys.stderr)
             else:
                 tests.append((("axes", axis, value), condition))
     return tests

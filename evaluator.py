@@ -44,11 +44,12 @@ class Evaluator:
     sampling: constrained or free; by default the run's own
     legal:    which free answers count: those that begin with a name ("prefix"), or those that are
               nothing but a name and white space to the token behind it ("strict")
+    runs:     are read at once: what is wrong with one of them is known before the work
     Raises OSError or ValueError, as do its methods; ConditionError where the model cannot be put
     into a Condition.
     """
 
-    def __init__(self, config, sampling=None, legal="prefix"):
+    def __init__(self, config, sampling=None, legal="prefix", runs=()):
         self.model, self.tokenizer = load_model(config["model"], dtype=config["dtype"])
         base = base_fingerprint(self.model)
         if config.get("base", base) != base:
@@ -56,8 +57,12 @@ class Evaluator:
         self.free = (sampling or config["sampling"]) == "free"
         self.endings = ending_tokens(self.tokenizer) if legal == "strict" and self.free else ()
         self.run = None  # whose adapter is loaded
-        self.policy = lru_cache(maxsize=None)(self.build_policy)  # all runs meet all conditions
+        # All runs meet all conditions, and some more than once.
+        self.policy = lru_cache(maxsize=None)(self.build_policy)
+        self.table = lru_cache(maxsize=None)(self.compute_table)
         self.known = KnownResults(f"{base}-{self.model.dtype}-{self.model.device.type}")
+        for run in runs:
+            self.load(run)
 
     def tokens(self, condition, second=False):
         """Token ids of a Condition: 16 prompts, two answers."""
@@ -87,7 +92,7 @@ class Evaluator:
             load_adapter(self.model, "agent", run)
             self.run = run
 
-    def table(self, run, condition, second=False, free=None):
+    def compute_table(self, run, condition, second=False, free=None):
         """Probabilities [prompt, outcome] of a run's agent, or (None) of the untuned model."""
         policy, key = self.policy(condition, second, free)
         if run is None:

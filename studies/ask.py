@@ -84,7 +84,7 @@ def main(argv=None):
     configs = read_runs(args)
     results = {}
     with user_error("RUN", ValueError, OSError):
-        evaluator = Evaluator(configs[0], args.sampling)
+        evaluator = Evaluator(configs[0], args.sampling, runs=args.runs)
         for run in [None, *args.runs]:
             name = "untuned" if run is None else str(run)
             results[name] = ask(evaluator, run, condition_from(args, games_from(args)[0]))

@@ -83,7 +83,7 @@ def society(args, configs):
     """Of each agent its strategy, four numbers, its meetings and its exploitability: dict."""
     game = games_from(args)[0]
     condition, payoffs = condition_from(args, game), payoff_matrix(game)
-    evaluator = Evaluator(configs[0], args.sampling, args.legal)
+    evaluator = Evaluator(configs[0], args.sampling, args.legal, args.runs)
     agents = {"untuned": None} | {str(run): run for run in args.runs}
     others = {}
     for name, strategy in STRATEGIES.items():

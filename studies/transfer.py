@@ -163,7 +163,7 @@ def measure_runs(runs):
                 "the runs differ in the first game, names, layout or wording of their training, "
                 "from which this test starts: test them apart"
             )
-        evaluator = Evaluator(configs[0], "constrained")
+        evaluator = Evaluator(configs[0], "constrained", runs=runs)
         baseline = {"transfer": accuracies(evaluator, None, configs[0])}
         agents = []
         for run, config in zip(runs, configs):
