@@ -46,8 +46,7 @@ class Trie:
                                 prefix is empty: the bare prompt
     paths      per answer, a list of (q, tokens): after prefix q comes one of these tokens
     children   per answer prefix q, the tokens that may follow
-
-    endings: where given, each answer must be followed by one of these tokens, too
+    endings    where given, each answer must be followed by one of these tokens
     """
 
     def __init__(self, prompts, answers, endings=()):
@@ -101,21 +100,14 @@ class Trie:
         default = ["sliding_attention" if window else "full_attention"]
         kinds = set(getattr(config, "layer_types", None) or default)
         if kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"the model's layers are {', '.join(sorted(kinds))}; the trie needs plain or "
-                "sliding-window attention"
-            )
+            found = ", ".join(sorted(kinds))
+            raise ValueError(f"layers of {found}: the trie needs plain or sliding-window attention")
         if self.depth.max() >= getattr(config, "max_position_embeddings", np.inf):
-            raise ValueError(
-                f"the prompt has {int(self.depth.max()) + 1} tokens, the model takes "
-                f"{config.max_position_embeddings}"
-            )
+            count, most = int(self.depth.max()) + 1, config.max_position_embeddings
+            raise ValueError(f"the prompt has {count} tokens, the model takes {most}")
         known = model.get_input_embeddings().weight.shape[0]
         if self.tokens.max() >= known:
-            raise ValueError(
-                f"token {int(self.tokens.max())} is none of the model's {known}: the tokenizer is "
-                "that of another model"
-            )
+            raise ValueError(f"the tokenizer is of another model: this one knows {known} tokens")
         distance = self.depth[:, :, None] - self.depth[:, None, :]
         near = distance < (window or self.tokens.shape[1])
         masks = {
@@ -185,8 +177,7 @@ class Policy:
                 an answer is allowed, renormalised)
                 True: any text may be given, K = A + 1; the last outcome is every other text
     nodes:      several prompts with more tokens than that are cut into several passes
-    value_head: by default a new one (`zero_value_head`)
-    endings:    as in Trie
+    value_head: by default a new one (`zero_value_head`);  endings: as in Trie
 
     Of several processes (torch.distributed) each has its own share of the prompts. Whoever uses a
     Policy sees neither that nor how many passes there are.
@@ -282,10 +273,8 @@ class Policy:
         """
         log_probs = self.forward(reference=True, keep_graph=False).log_probs.double().numpy()
         if not np.isfinite(log_probs).all():
-            raise ValueError(
-                "the model's own probabilities are not finite: its weights are damaged, or try "
-                "--dtype float32"
-            )
+            reason = "its weights are damaged, or try --dtype float32"
+            raise ValueError(f"the model's own probabilities are not finite: {reason}")
         return log_probs
 
     def probabilities(self, reference=False):
