@@ -3,7 +3,7 @@
     training.png   paper, figure 2: the share of each action while training
     curves.png     reward, both moral regrets and illegal answers while training
     policy.png     P(C) in each state, in both roles of names that are new
-    answers.png    C and D given what the other did last: reciprocity
+    reciprocity.png  C and D given what the other did last: reciprocity
     actions.png    the share of each action at test, in each game
     regret.png     paper, figure 4: both moral regrets in each game
     wordings.png   the same in each wording, those without a game, too (--axes)
@@ -27,7 +27,7 @@ from report import mean_and_interval
 FIGURES = tuple(
     f"{name}.png"
     for name in (
-        *("training", "curves", "policy", "answers", "actions", "regret"),
+        *("training", "curves", "policy", "reciprocity", "actions", "regret"),
         *("wordings", "personas", "axes"),
     )
 )
@@ -86,7 +86,7 @@ def plot_all(results, folder):
     save(plot_training(results), folder / "training.png")
     save(plot_curves(results), folder / "curves.png")
     save(plot_policy(results), folder / "policy.png")
-    save(plot_reciprocity(results), folder / "answers.png")
+    save(plot_reciprocity(results), folder / "reciprocity.png")
     save(plot_actions(groups, [group["games"] for group in groups]), folder / "actions.png")
     save(plot_regret(results), folder / "regret.png")
     if "axes" in results["baseline"]:
@@ -321,7 +321,7 @@ def plot_axes(results):
         plot_heat_map(ax, grid, best=0)
         names = [group["name"] for group in groups]
         ax.set_xticks(range(len(groups)), names, rotation=40, ha="right")
-        ax.set_title(f"{norm} regret (yellow: little)")
+        ax.set_title(f"{norm}\nregret")
     axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
     return figure
 

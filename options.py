@@ -54,7 +54,7 @@ def train_parser(description):
     help = f"{', '.join(GAMES)}; or 'random', fresh points from 0 to 9 in every update"
     games = [*GAMES, "random"]
     option("--game", help, **listed, choices=games, metavar="GAME", default=["ipd"])
-    help = "a game of your own: points of C and C, own first, then of C and D, D and C, D and D"
+    help = "instead of --game: points of C and C, own first, then of C and D, D and C, D and D"
     option("--payoffs", help, nargs=8, type=number(int), metavar="POINTS")
     help = (
         f"one of {', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); 'learner', a second "
@@ -152,6 +152,8 @@ def parse_train(description, argv=None):
             "--batch: an update of one round has no advantage to learn from: raise --batch or "
             "--rounds"
         )
+    if args.payoffs and args.game != ["ipd"]:
+        parser.error("--payoffs: it is the game: leave --game out")
     with user_error("--switch" if args.switch else "--episodes"):
         args.switch = phase_starts(args)[1:]
     if args.out is None:

@@ -122,11 +122,11 @@ def label(own, settings):
 
 
 def in_brief(value):
-    """A setting for a label: of a list its words, the first four if there are more."""
+    """A setting for a label: of a list its words, the first eight if there are more."""
     if not isinstance(value, list):
         return str(value)
-    dots = " ..." if len(value) > 4 else ""
-    return " ".join(map(str, value[:4])) + dots
+    dots = " ..." if len(value) > 8 else ""
+    return " ".join(map(str, value[:8])) + dots
 
 
 def show(leaf, digits=3):

@@ -21,7 +21,7 @@ def condition_parser(prog, description, games=tuple(GAMES)):
     option("runs", nargs="+", type=Path, metavar="RUN", help=help)
     help = f"which games [{' '.join(games)}]"
     option("--game", nargs="+", choices=GAMES, default=list(games), help=help)
-    help = "a game of your own, as for train.py"
+    help = "a game of your own instead of --game, as for train.py"
     option("--payoffs", nargs=8, type=number(int), metavar="POINTS", help=help)
     names, help = ("C_NAME", "D_NAME"), "the names of C and D [action3 action4]"
     option("--actions", nargs=2, metavar=names, default=["action3", "action4"], help=help)

@@ -71,10 +71,10 @@ def exploitability(player, other, payoffs, illegal=-6.0):
     and the gain.
     """
     points = {}
-    for reply in product((1, 0), repeat=4):
+    for reply in product((0, 1), repeat=4):  # of equally good ones always-defect comes first
         meeting = meet(memory_one(reply), other, 0.5, payoffs, 1, illegal)
         points[reply] = meeting["long_run"]
-    best = max(points, key=points.get)
+    best = max(points, key=lambda reply: round(points[reply], 6))
     own = meet(player, other, 0.5, payoffs, 1, illegal)["long_run"]
     return {"reply": list(best), "points": points[best], "gain": points[best] - own}
 

@@ -231,7 +231,7 @@ def test_settings_survive_the_way_through_the_file(tmp_path):
     typed = (
         "--reward game --then utilitarian deontological --opponent 1 0.5 0 0.25 --seed 0 --xi 0 "
         "--vf-coef 0 --kl-coef 0 --illegal -1.5 --actions moon river sun --lr 1e-7 --merge "
-        "--nodes 99 --game random chicken --layout both --prompt explicit poetic --checkpointing "
+        "--nodes 99 --layout both --prompt explicit poetic --checkpointing "
         "--moral-weight 0.5 --payoffs 1 2 3 4 5 6 7 8"
     )
     run = tmp_path / "run"

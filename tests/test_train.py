@@ -407,6 +407,8 @@ def test_a_start_of_another_rank_is_refused(runs, capsys, tmp_path):
         ("--colour red", ["--colour"]),
         # What is learned, from whom.
         ("--then virtue", ["--then"]),
+        ("--payoffs 1 2 3", ["--payoffs"]),
+        ("--payoffs 1 2 3 4 5 6 7 8 --game chicken", ["--payoffs", "--game"]),
         ("--then game --episodes 1", ["--episodes", "phases"]),
         ("--then game --episodes 256", ["--episodes", "phases"]),
         ("--switch 5", ["--switch"]),
