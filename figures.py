@@ -3,7 +3,7 @@
     training.png   paper, figure 2: the share of each action while training
     curves.png     reward, both moral regrets and illegal answers while training
     policy.png     P(C) in each state, in both roles of names that are new
-    reciprocity.png  C and D given what the other did last: reciprocity
+    reciprocity.png   C and D given what the other did last
     actions.png    the share of each action at test, in each game
     regret.png     paper, figure 4: both moral regrets in each game
     wordings.png   the same in each wording, those without a game, too (--axes)
