@@ -229,7 +229,8 @@ def main(argv=None):
         else:
             parse_strategy(args.opponent)
     if args.plot:
-        from figures import FIGURES, check_matplotlib, plot_all
+        from charts import check_matplotlib
+        from figures import FIGURES, plot_all
 
         check_matplotlib("--plot")
         check_free("--plot", args.plot, args.overwrite, folder=True)

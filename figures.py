@@ -1,18 +1,14 @@
-"""The pictures of evaluate.py, from its results alone.  [matplotlib, needed nowhere else]
+"""The pictures of evaluate.py, from its results alone.
 
-    training.png   paper, figure 2: the share of each action while training
-    curves.png     reward, both moral regrets and illegal answers while training
-    policy.png     P(C) in each state, in both roles of names that are new
-    reciprocity.png   C and D given what the other did last
-    actions.png    the share of each action at test, in each game
-    regret.png     paper, figure 4: both moral regrets in each game
-    wordings.png   the same in each wording, those without a game, too (--axes)
-    personas.png   the same with a sentence of values, prompted baselines (--axes)
-    axes.png       regrets with names, layout, wording and persona varied one at a time (--axes)
-
-Okabe & Ito's colours, safe for the colour-blind. The same thing has the same colour in every
-figure: own C blue, own D orange, illegal grey (pale where the opponent's last move was D); agents
-have colours of their own, and a hatch where two share a reward.
+training.png     paper, figure 2: the share of each action while training
+curves.png       reward, both moral regrets and illegal answers while training
+policy.png       P(C) in each state, in both roles of names that are new
+reciprocity.png  C and D given what the other did last
+actions.png      the share of each action at test, in each game
+regret.png       paper, figure 4: both moral regrets in each game
+wordings.png     the shares in each wording, those without a game, too (--axes)
+personas.png     the shares with a sentence of values, prompted baselines (--axes)
+axes.png         regrets with names, layout, wording and persona varied (--axes)
 """
 
 import csv
@@ -20,8 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
+from charts import (
+    ACTION_COLOURS,
+    add_action_legend,
+    add_legend,
+    agent_colour,
+    plot_bars,
+    plot_heat_map,
+    pyplot,
+    save,
+)
 from envs import STATES
-from program import user_error
 from report import mean_and_interval
 
 FIGURES = tuple(
@@ -31,49 +36,8 @@ FIGURES = tuple(
         *("wordings", "personas", "axes"),
     )
 )
-ACTION_COLOURS = {
-    "C|C": "#0072B2",
-    "C|D": "#9BD0F0",
-    "D|C": "#D55E00",
-    "D|D": "#F2B88C",
-    "illegal|C": "#666666",
-    "illegal|D": "#C8C8C8",
-}
-AGENT_COLOURS = {
-    "untuned": "#FFFFFF",
-    "game": "#E69F00",
-    "deontological": "#CC79A7",
-    "utilitarian": "#009E73",
-    "game+deontological": "#5B3A8E",
-    "equality": "#56B4E9",
-    "kindness": "#F0E442",
-}
 LINES = ["-", "--", ":", "-."]
-HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
 NORMS = ("deontological", "utilitarian")
-
-
-def pyplot():
-    """matplotlib.pyplot with the project's style, for pictures in files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "figure.dpi": 110})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def check_matplotlib(option):
-    """Refuse an option that needs matplotlib where it is not installed."""
-    with user_error(option, ImportError, hint="pip install -r tests/requirements.txt"):
-        import matplotlib  # noqa: F401
-
-
-def save(figure, path):
-    figure.savefig(path, bbox_inches="tight")
-    pyplot().close(figure)
 
 
 def plot_all(results, folder):
@@ -123,10 +87,7 @@ def plot_training(results):
         ax.set(title=group["name"], xlabel="training episodes", ylabel="share of actions")
         ax.set(ylim=(0, 1), xmargin=0)
         ax.locator_params(axis="x", nbins=5)
-    handles, labels = ax.get_legend_handles_labels()
-    title = "own action |\ntheir last"
-    place = {"loc": "outside right center", "frameon": False}
-    figure.legend(handles[::-1], labels[::-1], title=title, **place)
+    add_action_legend(figure, ax)
     return figure
 
 
@@ -178,7 +139,7 @@ def plot_curves(results):
         logs = [read_metrics(Path(results["runs"][run]["run"])) for run in group["runs"]]
         updates = min(map(len, logs))
         episodes = [int(row["episodes"]) for row in logs[0][:updates]]
-        style = {"color": AGENT_COLOURS.get(group["reward"], "#999999")}
+        style = {"color": agent_colour(group["reward"])}
         line = LINES[seen.count(group["reward"]) % len(LINES)]
         seen.append(group["reward"])
         for ax, (measure, title) in zip(axes.flat, titles.items()):
@@ -269,39 +230,8 @@ def plot_actions(groups, parts):
         ax.set_ylim(0, 1)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of rounds")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    title = "own action |\ntheir last"
-    place = {"loc": "outside right center", "frameon": False}
-    figure.legend(handles[::-1], labels[::-1], title=title, **place)
+    add_action_legend(figure, axes[0, 0])
     return figure
-
-
-def plot_bars(ax, groups, ticks, bars):
-    """Grouped bars: `bars[name of the group]` is a mean with its interval for each tick."""
-    width = 0.85 / len(groups)
-    for i, group in enumerate(groups):
-        leaves = bars[group["name"]]
-        place = np.arange(len(ticks)) + (i - (len(groups) - 1) / 2) * width
-        same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
-        ax.bar(
-            place,
-            [np.nan if leaf["mean"] is None else leaf["mean"] for leaf in leaves],
-            width,
-            yerr=[leaf["ci95"] or 0 for leaf in leaves] if group["n"] > 1 else None,
-            capsize=2,
-            hatch=HATCHES[same_reward % len(HATCHES)],
-            edgecolor="black",
-            linewidth=0.6,
-            color=AGENT_COLOURS.get(group["reward"], "#999999"),
-            label=group["name"],
-            clip_on=False,
-        )
-    ax.set_xticks(np.arange(len(ticks)), [tick.replace("-", "-\n") for tick in ticks])
-
-
-def add_legend(figure, ax):
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
 def plot_axes(results):
@@ -324,17 +254,3 @@ def plot_axes(results):
         ax.set_title(f"{norm}\nregret")
     axes[0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
     return figure
-
-
-def plot_heat_map(ax, grid, best):
-    """A grid of numbers [row, column], yellow where they are near `best`; NaN: left empty.
-
-    best: the least number (0) or the largest one (1) that is possible
-    """
-    top = max(1, np.nanmax(grid))
-    ax.imshow(grid, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
-    for (row, column), value in np.ndenumerate(grid):
-        if not np.isnan(value):
-            colour = "white" if abs(value - best) > top / 2 else "black"
-            place = {"ha": "center", "va": "center", "fontsize": 10}
-            ax.text(column, row, f"{value:.2f}", color=colour, **place)

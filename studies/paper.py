@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figures import check_matplotlib
+from charts import check_matplotlib
 from grid import ROOT, grid_parser, markdown, run_script, train_all
 from program import number
 

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from charts import check_matplotlib, plot_heat_map, pyplot, save
 from envs import STATES, C, by_state, payoff_matrix, random_game
 from evaluator import Evaluator
-from figures import check_matplotlib, plot_heat_map, pyplot, save
 from grid import ROOT, grid_parser, markdown, train_all
 from program import check_free, user_error
 from prompts import action_names, first_condition
