@@ -20,12 +20,13 @@ import torch
 from envs import ILLEGAL, ORDERS, STATES, as_player
 from lora import adapter, base_fingerprint, load_adapter
 from models import ModelError, encode, ending_tokens, load_model
-from policy import Policy, Trie
+from policy import Policy
 from prompts import Condition, build_prompts
 from runs import write_json
+from trie import Trie
 
 # Prose that has nothing to do with games, and how much of it is read.
-PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 512
+PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 256
 UNRELATED = ("choice", "game", "game_state")  # wordings that do not tell the game
 RARE = 1e-6  # texts with less probability than that are not looked for
 WIDTH = 8  # prefixes that a pass of the search looks behind

@@ -82,6 +82,8 @@ def train_parser(description):
     option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
+    help = "stop at the first update of the last phase whose accuracy is so high [never]"
+    option("--until", help, type=number(float, 0, 1), metavar="ACCURACY")
     option("--rounds", "rounds per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=non_negative, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=number(float), default=-6.0)

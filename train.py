@@ -96,7 +96,7 @@ def train(args, agents, opponent, folder, state, stop):
         seen = play(rng, *players, episodes, args.rounds, opponent_opening)
 
         row = {"episodes": start + episodes, "phase": reward, "condition": str(condition)}
-        shown = []
+        shown, accuracies = [], []
         for i, agent in enumerate(agents):
             mine, theirs = seen[i], seen[1 - i]
             view = other_side(payoffs) if i else payoffs
@@ -115,10 +115,15 @@ def train(args, agents, opponent, folder, state, stop):
             log |= {f"P(C|{state})": p for state, p in by_state(players[i], C).items()}
             row |= {f"opponent {key}" if i else key: value for key, value in log.items()}
             shown.append(PROGRESS.format_map(log))
+            accuracies.append(accuracy)
 
         # Log.
         folder.log(row)
         progress.set_postfix_str("  |  ".join(shown), refresh=False)
+        # Stop early: the accuracy is exact, not sampled, so one update that reaches it is enough.
+        last_phase = start >= max(args.switch, default=0)
+        if args.until is not None and last_phase and min(accuracies) >= args.until:
+            break
         if stop.is_set():
             folder.save_state(before, rng, update + 1)
             raise KeyboardInterrupt

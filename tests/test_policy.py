@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CONFIGS, adapted_policy, plain_passes, random_model, shared_prefix_texts
 from lora import add_adapter
 from models import checkpoint_layers, encode
-from policy import Policy, Trie, log_illegal
+from policy import Policy, log_illegal
 from ppo import Learner, act
 from prompts import Condition, build_prompts
 

@@ -119,6 +119,24 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("opponent", ["tit-for-tat", "learner"])
+def test_until_stops_at_the_first_update_where_all_have_learned(opponent, tmp_path):
+    options = ["--reward", "utilitarian", "--opponent", opponent, "--until", "0.8"]
+    run_training(*options, "--out", str(tmp_path / "run"))
+    rows = read_metrics(tmp_path / "run")
+    sides = ["accuracy"] + ["opponent accuracy"] * (opponent == "learner")
+    least = [min(float(row[side]) for side in sides) for row in rows]
+    assert len(rows) > 3 and least[-1] >= 0.8 and max(least[:-1]) < 0.8
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_until_waits_for_the_last_phase(tmp_path):
+    options = ["--reward", "game", "--then", "utilitarian", "--switch", "32", "--until", "0"]
+    run_training(*options, *SHORT, "--episodes", "64", "--out", str(tmp_path / "run"))
+    phases = [row["phase"] for row in read_metrics(tmp_path / "run")]
+    assert phases == ["game", "game", "utilitarian"]
+
+
 def test_same_seed_same_bytes(runs):
     for file in ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors"):
         a, b, c = ((runs / name / file).read_bytes() for name in "abc")
