@@ -2,7 +2,7 @@
 
     Trie    prompts and answers as sequences of distinct prefixes with an ancestor mask
 
-The 16 prompts of a game have 2,224 tokens of Gemma and 648 distinct prefixes.  [torch; knows no game]
+The 16 prompts of a game are 2,224 tokens of Gemma 3, and 648 nodes.  [torch; knows no game]
 """
 
 import numpy as np

@@ -14,6 +14,7 @@ from models import checkpoint_layers, encode
 from policy import Policy, log_illegal
 from ppo import Learner, act
 from prompts import Condition, build_prompts
+from trie import Trie
 
 
 def largest_difference(a, b):
