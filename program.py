@@ -166,6 +166,9 @@ def processes(device, out):
     if size == 1:
         yield out
         return
+    with user_error("--device"):
+        if device.startswith("cuda:"):
+            raise ValueError("under torchrun each process takes a GPU of its own: give cuda")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
     backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -133,7 +133,7 @@ def show(leaf, digits=3):
     """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
     if leaf["mean"] is None:
         return "-"
-    shown = f"{leaf['mean']:.{digits}f}"
+    shown = f"{round(leaf['mean'], digits) + 0.0:.{digits}f}"  # no -0.000
     return shown if leaf["ci95"] is None else f"{shown}±{leaf['ci95']:.{digits}f}"
 
 

@@ -163,7 +163,8 @@ def run(args, path):
             raise SystemExit(130) from None
         seconds = folder.finish(agents, before, after, args.merge)
     print_policies(before, after)
-    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}")
+    game = " ".join(["", "--payoffs", *map(str, args.payoffs)]) if args.payoffs else ""
+    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{game}")
 
 
 def main(argv=None):

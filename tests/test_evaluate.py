@@ -172,6 +172,7 @@ def test_how_a_number_is_shown():
     assert report.show({"mean": 0.12345, "ci95": None}) == "0.123"
     assert report.show({"mean": 0.12345, "ci95": 0.0049}) == "0.123±0.005"
     assert report.show({"mean": 0.12345, "ci95": 0.0049}, digits=2) == "0.12±0.00"
+    assert report.show({"mean": -0.0001, "ci95": None}) == "0.000"
     assert report.show({"mean": None, "ci95": None}) == "-"
 
 

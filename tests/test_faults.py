@@ -516,6 +516,13 @@ def test_half_of_what_torchrun_says(variables, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_would_share_one_gpu_are_refused(capsys, tmp_path, monkeypatch):
+    for key, value in {"WORLD_SIZE": "2", **WHOLE}.items():
+        monkeypatch.setenv(key, value)
+    with refused(capsys, "--device", "give cuda"):
+        run_training(tmp_path / "run", *SHORT, "--device", "cuda:0", "--dtype", "float32")
+
+
 def test_a_rank_without_the_rest_means_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     run_training(tmp_path / "run", *SHORT, "--merge")
