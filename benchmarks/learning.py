@@ -6,6 +6,7 @@
     python benchmarks/learning.py --seeds 1   # a quick look
     python benchmarks/learning.py --model FOLDER    # any other model: four rewards against
                                                     # tit-for-tat and random, three seeds
+    python benchmarks/learning.py --model FOLDER --until 0.99    # the same, stopped where learned
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
@@ -13,8 +14,8 @@ switch); then the number of misses. An entry that the reward decides must be wit
 1; `*` marks the entries it leaves open.
 
 Runs of the embedded model: two at a time, one thread each. Those of another one go one by one to
-results/MODEL/runs, where studies/paper.py has its own; what is finished is skipped, so the command
-may be stopped and given again.
+results/MODEL/runs, where studies/paper.py has its own, or with --until to results/MODEL/until; what
+is finished is skipped, so the command may be stopped and given again.
 """
 
 import argparse
@@ -85,13 +86,14 @@ def cooperation_at_switch(out, reward):
                 return max(float(row[f"P(C|{state})"]) for state in STATES)
 
 
-def jobs_of_model(model, seeds):
+def jobs_of_model(model, seeds, until):
     """(reward, best, options of train.py) of each run of a model that is not the embedded one."""
     jobs = []
     for opponent in ("tit-for-tat", "random"):
         for seed in seeds:
             for reward in MORALS:
                 options = ["--opponent", opponent, "--seed", seed, "--model", model]
+                options += ["--until", until] if until else []
                 jobs.append((reward, BEST[reward], *options))
     return jobs
 
@@ -121,6 +123,8 @@ def main():
     help = "runs of each kind [5; free sampling 3; of another model 3]"
     parser.add_argument("--seeds", type=int, help=help)
     parser.add_argument("--model", default="tiny", help="a folder or a name on the hub [tiny]")
+    help = "stop a run of another model at this accuracy, see train.py"
+    parser.add_argument("--until", type=float, metavar="ACCURACY", help=help)
     args = parser.parse_args()
     environment = dict(os.environ)
     if args.model == "tiny":
@@ -132,8 +136,8 @@ def main():
                 running.append(pool.submit(measure, Path(folder) / str(i), environment, *job))
             misses = sum(not run.result() for run in running)
     else:
-        jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1)), 0
-        folder = ROOT / "results" / Path(args.model).name / "runs"
+        jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1), args.until), 0
+        folder = ROOT / "results" / Path(args.model).name / ("until" if args.until else "runs")
         for reward, best, *options in jobs:
             out = folder / f"{reward}-vs-{options[1]}-seed{options[3]}"
             misses += not measure(out, environment, reward, best, *options)
