@@ -82,8 +82,8 @@ def train_parser(description):
     option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
-    help = "stop at the first update of the last phase whose accuracy is so high [never]"
-    option("--until", help, type=number(float, 0, 1), metavar="ACCURACY")
+    help = "stop as soon as the better action has this probability, a mean over states [never]"
+    option("--until", help, type=number(float, 0, 1, above=True), metavar="ACCURACY")
     option("--rounds", "rounds per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=non_negative, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=number(float), default=-6.0)
@@ -156,6 +156,12 @@ def parse_train(description, argv=None):
         )
     if args.payoffs and args.game != ["ipd"]:
         parser.error("--payoffs: it is the game: leave --game out")
+    if args.until and args.gamma:
+        parser.error("--until: what is better in the long run (--gamma) is not known: leave it out")
+    games, names, layouts, wordings = choices(args)
+    drawn = games == ["random"] or len(names) > 2 or max(map(len, (games, layouts, wordings))) > 1
+    if args.until and drawn:
+        parser.error("--until: where updates differ in what is played, one update tells too little")
     with user_error("--switch" if args.switch else "--episodes"):
         args.switch = phase_starts(args)[1:]
     if args.out is None:

@@ -271,5 +271,6 @@ class RunFolder:
                 result[f"{side}{kind}_before"] = by_state(untuned, outcome)
                 result[f"{side}{kind}_after"] = by_state(trained, outcome)
         write_json(self.path / "result.json", result)
-        (self.path / "state.safetensors").unlink()
+        # Not there where torchrun's other processes write, unless it was saved since --resume.
+        (self.path / "state.safetensors").unlink(missing_ok=True)
         return seconds

@@ -46,7 +46,8 @@ def train(args, agents, opponent, folder, state, stop):
     """The training loop: one row of metrics.csv per update.
 
     agents:   those that learn: the player, then its opponent if that learns, too
-    opponent: else Condition -> the probabilities [state, order, outcome] of the one it meets
+    opponent: None where it learns; else a function: Condition -> its probabilities [state, order,
+              outcome]
     folder:   the runs.RunFolder;  state: what its `load_state` returns, {} for a new run
     stop:     an Event: save the state and raise KeyboardInterrupt
     Returns the agents' probabilities [state, order, outcome] before and after, in the first
@@ -63,6 +64,11 @@ def train(args, agents, opponent, folder, state, stop):
         acted = [act(agent.policy(first), keep_graph=False) for agent in agents]
         return [as_player(agent_acted.probabilities) for agent_acted in acted]
 
+    def save(updates):
+        # What is saved is good: not while numbers that are not finite make updates be skipped.
+        if not any(agent.learner.skipped_in_a_row for agent in agents):
+            folder.save_state(before, rng, updates)
+
     rng = np.random.default_rng(args.seed)
     rng.bit_generator.state = state.get("rng", rng.bit_generator.state)
     strategy = opponent_strategy(args.opponent)
@@ -70,18 +76,18 @@ def train(args, agents, opponent, folder, state, stop):
     before = [np.array(player) for player in state.get("before") or players_now()]
     starts = range(0, args.episodes, args.batch)
     done = state.get("updates", 0)
-    quiet = None if is_first() else True  # None: where it is no terminal
+    quiet = None if is_first() else True  # None: only where stderr is a terminal
     progress = tqdm(starts[done:], initial=done, total=len(starts), unit="update", disable=quiet)
     for update, start in enumerate(progress, done):
-        # What is saved is good: not while numbers that are not finite make updates be skipped.
-        if update % args.save_every == 0 and not any(a.learner.skipped_in_a_row for a in agents):
-            folder.save_state(before, rng, update)
+        if update % args.save_every == 0:
+            save(update)
         episodes = min(args.batch, args.episodes - start)
         reward = phase_reward(args, start)
 
         # Draw what is played in this update: the game, the action names, their layout and wording.
         condition = draw_condition(rng, *choices(args))
         payoffs = payoff_matrix(condition.game)
+        views = payoffs, other_side(payoffs)  # each player's own points first
 
         # Act: one forward pass gives an agent's answers to all prompts. Of the second agent no
         # graph is kept: it would double the memory.
@@ -92,40 +98,41 @@ def train(args, agents, opponent, folder, state, stop):
         if opponent:
             players.append(opponent(condition))
 
+        # How good are they by now? Exact, from the probabilities, not from what is played.
+        accuracies = []
+        for i in range(len(agents)):
+            settings = args.xi, replies(players[1 - i]), args.moral_weight
+            accuracies.append(moral_accuracy(reward, players[i], views[i], *settings))
+        last_phase_began = max(args.switch, default=0) <= start - args.batch
+        if args.until and last_phase_began and min(accuracies) >= args.until:
+            break
+
         # Play all episodes at once by indexing these probabilities.
         seen = play(rng, *players, episodes, args.rounds, opponent_opening)
 
         row = {"episodes": start + episodes, "phase": reward, "condition": str(condition)}
-        shown, accuracies = [], []
+        shown = []
         for i, agent in enumerate(agents):
-            mine, theirs = seen[i], seen[1 - i]
-            view = other_side(payoffs) if i else payoffs
+            mine, theirs, view = seen[i], seen[1 - i], views[i]
 
             # Reward: look up what each round was worth, by the moral formula.
             possible = reward_array(reward, view, args.xi, args.illegal, args.moral_weight)
             played = mine.state, mine.action, theirs.move
             points = possible[played]
 
-            # Update: one PPO step on these rounds.
-            against = replies(players[1 - i])
-            accuracy = moral_accuracy(reward, players[i], view, args.xi, against, args.moral_weight)
-            log = {"reward": points.mean(), "accuracy": accuracy}
+            # Update: PPO on these rounds, --epochs steps.
+            log = {"reward": points.mean(), "accuracy": accuracies[i]}
             log |= agent.learner.update(acted[i], mine.prompt, mine.action, points)
             log |= action_counts(mine) | moral_regrets(*played, view, args.xi, args.illegal)
             log |= {f"P(C|{state})": p for state, p in by_state(players[i], C).items()}
             row |= {f"opponent {key}" if i else key: value for key, value in log.items()}
             shown.append(PROGRESS.format_map(log))
-            accuracies.append(accuracy)
 
         # Log.
         folder.log(row)
         progress.set_postfix_str("  |  ".join(shown), refresh=False)
-        # Stop early: the accuracy is exact, not sampled, so one update that reaches it is enough.
-        last_phase = start >= max(args.switch, default=0)
-        if args.until is not None and last_phase and min(accuracies) >= args.until:
-            break
         if stop.is_set():
-            folder.save_state(before, rng, update + 1)
+            save(update + 1)
             raise KeyboardInterrupt
     return before, players_now()
 
@@ -147,7 +154,7 @@ def run(args, path):
     resume = f"python train.py --resume {path}"
     with (
         user_error("--out", OSError, hint=folder.hint),
-        user_error("--lr", FloatingPointError, hint=f"lower it; the last good state is in {path}"),
+        user_error("--lr", FloatingPointError, hint="lower it and start again, with --overwrite"),
         folder.locked(),
         stop_signals() as stop,
     ):
