@@ -75,24 +75,12 @@ def setup(args):
             start_from(args.init, agents[0], args)
 
     opponent = None
-    strategy = opponent_strategy(args.opponent)
     if args.opponent == ["learner"]:
         adapt(model, "opponent", args)
         agents.append(Agent(model, tokenizer, "opponent", free, args.nodes, second=True))
-    elif strategy is not None:
-        fixed = memory_one(strategy)
-
-        def opponent(condition):
-            return fixed
-
     else:
         with user_error("--opponent", ValueError, OSError):
-            run = Path(args.opponent[0])
-            its_free = config_on(args.model, run)["sampling"] == "free"
-            frozen = Agent(model, tokenizer, "opponent", its_free, args.nodes, second=True)
-            load_adapter(model, "opponent", run)
-        opponent = lru_cache(maxsize=64)(frozen.probabilities)
-
+            opponent = opponent_of(args, model, tokenizer)
     check_prompts(agents[0], args)
     own = first_condition(*choices(args))
     for agent in agents:
@@ -109,6 +97,22 @@ def setup(args):
     return agents, opponent
 
 
+def opponent_of(args, model, tokenizer):
+    """Whom the agent meets, a function: Condition -> probabilities [state, order, outcome].
+
+    Raises OSError or ValueError.
+    """
+    strategy = opponent_strategy(args.opponent)
+    if strategy is not None:
+        player = memory_one(strategy)
+        return lambda condition: player
+    run = Path(args.opponent[0])
+    free = config_on(args.model, run)["sampling"] == "free"
+    frozen = Agent(model, tokenizer, "opponent", free, args.nodes, second=True)
+    load_adapter(model, "opponent", run)
+    return lru_cache(maxsize=64)(frozen.probabilities)
+
+
 def adapt(model, name, args):
     """Put a new adapter on the layers of --targets, or on all."""
     with user_error("--targets" if args.targets else "--model"):
@@ -118,9 +122,11 @@ def adapt(model, name, args):
 def start_from(run, agent, args):
     """Give an agent the adapter and value head of a run folder. Raises OSError or ValueError."""
     config = config_on(args.model, run)
-    if (config["rank"], config["alpha"]) != (args.rank, args.alpha):
+    own = {key: config[key] for key in ("rank", "alpha", "targets")}
+    if own != {key: getattr(args, key) for key in own}:
+        targets = f" --targets {' '.join(own['targets'])}" if own["targets"] else ""
         raise ValueError(
-            f"its adapter has --rank {config['rank']} --alpha {config['alpha']}: give these"
+            f"its adapter has --rank {own['rank']} --alpha {own['alpha']}{targets}: give just these"
         )
     load_adapter(agent.model, agent.name, run)
     load_value_head(agent.value_head, run)

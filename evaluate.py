@@ -43,7 +43,14 @@ from prompts import LAYOUTS, PERSONAS, TEMPLATES, action_names
 from report import group_by_seed, print_results
 from rewards import REWARDS, deontological_regret, reward_array, utilitarian_regret
 from runs import write_json
-from tested import condition_from, condition_parser, games_from, read_configs, read_runs
+from tested import (
+    add_match_options,
+    condition_from,
+    condition_parser,
+    games_from,
+    read_configs,
+    read_runs,
+)
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
@@ -60,6 +67,7 @@ AXES = {  # what --axes varies, one thing at a time, on the first --game
 
 def evaluate_parser():
     parser = condition_parser("evaluate.py", __doc__)
+    add_match_options(parser)
     option = parser.add_argument
     help = (
         f"{', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); or a run folder, whose agent "
@@ -88,10 +96,12 @@ def sampled_frequencies(player, opponent, rounds, opponent_opening, episodes):
     return share
 
 
-def measure(player, payoffs, opponent, first, rounds, xi=3.0, illegal=-6.0, samples=None):
+def measure(
+    player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal=-6.0, samples=None
+):
     """All about a player in one game against an opponent: nested dict of floats.
 
-    opponent: [state, order, outcome], from its own side;  first: P(C) of its opening
+    opponent: [state, order, outcome], from its own side;  opponent_opening: its P(C) there
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
     actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
     regret:   deontological, utilitarian; None where there is none
@@ -99,9 +109,9 @@ def measure(player, payoffs, opponent, first, rounds, xi=3.0, illegal=-6.0, samp
     (the policy itself is what it is).
     """
     if samples:
-        share = sampled_frequencies(player, opponent, rounds, first, samples)
+        share = sampled_frequencies(player, opponent, rounds, opponent_opening, samples)
     else:
-        share = frequencies(player, opponent, rounds, first)
+        share = frequencies(player, opponent, rounds, opponent_opening)
     # Summed over own last move and the opponent's next one: [opponent's last move, action].
     actions = np.zeros((2, 3))
     actions[:, : player.shape[-1]] = share.reshape(2, 2, -1, 2).sum(axis=(0, 3))
@@ -156,7 +166,8 @@ def evaluate(args, configs):
     try:
         for run, config in zip(args.runs, configs):
             own = {"run": str(run)} | {key: config[key] for key in SHOWN}
-            results["runs"].append(own | agent(run) | {"drift": evaluator.drift(run)})
+            drift = evaluator.drift(run, action_names(config["actions"])[:2])
+            results["runs"].append(own | agent(run) | {"drift": drift})
     except KeyboardInterrupt:
         done = len(results["runs"])
         print(f"\nstopped: {done} of {len(args.runs)} runs are evaluated", file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 from envs import ILLEGAL, ORDERS, STATES, as_player
 from lora import adapter, base_fingerprint, load_adapter
@@ -25,8 +26,9 @@ from prompts import Condition, build_prompts
 from runs import write_json
 from trie import Trie
 
+HERE = Path(__file__).resolve().parent
 # Prose that has nothing to do with games, and how much of it is read.
-PROSE, PROSE_TOKENS = Path(__file__).resolve().parent / "studies" / "prose.txt", 256
+PROSE, PROSE_TOKENS = HERE / "studies" / "prose.txt", 256
 UNRELATED = ("choice", "game", "game_state")  # wordings that do not tell the game
 RARE = 1e-6  # texts with less probability than that are not looked for
 WIDTH = 8  # prefixes that a pass of the search looks behind
@@ -61,7 +63,7 @@ class Evaluator:
         # All runs meet all conditions, and some more than once.
         self.policy = lru_cache(maxsize=None)(self.build_policy)
         self.table = lru_cache(maxsize=None)(self.compute_table)
-        self.known = KnownResults(f"{base}-{self.model.dtype}-{self.model.device.type}")
+        self.known = KnownResults(f"{base}-{how_computed(self.model)}")
         for run in runs:
             self.load(run)
 
@@ -134,18 +136,22 @@ class Evaluator:
         return said
 
     @torch.no_grad()
-    def drift(self, run):
+    def drift(self, run, names):
         """What training did to the model beside the game: dict of floats.
 
+        names:      the action names of training
         kl:         KL(base || tuned) per token of prose, nats
         perplexity: of the tuned model there, over that of the base
-        names, names_untuned: probability of answering with an action name to UNRELATED prompts,
+        names, names_untuned: probability of answering with one of the names to UNRELATED prompts,
                     of the tuned model and of the base
         """
         self.load(run)
-        ids = self.tokenizer(PROSE.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+        prose = self.tokenizer(PROSE.read_text(encoding="utf-8"), return_tensors="pt")
+        ids = prose["input_ids"][0, :PROSE_TOKENS].to(self.model.device)
+        start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ids[:0]
         kl, surprise, count = 0.0, 0.0, 0
-        for chunk in ids[:PROSE_TOKENS].to(self.model.device).split(64):
+        for chunk in ids[len(start) :].split(64):
+            chunk = torch.cat([start, chunk])
             with adapter(self.model, None):
                 base = self.model(chunk[None]).logits[0, :-1].float().log_softmax(-1)
             with adapter(self.model, "agent"):
@@ -155,22 +161,31 @@ class Evaluator:
             count += len(chunk) - 1
         answered = []
         for wording in UNRELATED:
-            condition = Condition(wording=wording)
+            condition = Condition(names=tuple(names), wording=wording)
             tables = [self.table(which, condition, free=True) for which in (run, None)]
             answered.append([table[:, :ILLEGAL].sum(axis=1).mean() for table in tables])
-        names, names_untuned = np.mean(answered, axis=0).tolist()
+        tuned, untuned = np.mean(answered, axis=0).tolist()
         return {
             "kl": kl / count,
             "perplexity": math.exp(surprise / count),
-            "names": names,
-            "names_untuned": names_untuned,
+            "names": tuned,
+            "names_untuned": untuned,
         }
+
+
+def how_computed(model):
+    """A few characters that change with all but the weights on which a model's results depend."""
+    parts = [model.config.to_json_string(), model.dtype, model.device.type]
+    parts += [torch.__version__, transformers.__version__]
+    for script in ("trie.py", "policy.py", "evaluator.py"):
+        parts.append((HERE / script).read_text(encoding="utf-8"))
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
 
 
 class KnownResults:
     """What an earlier evaluation has computed of an untuned model, in the user's cache.
 
-    name: of the model, of its weights and of how they are computed
+    name: depends on the model's weights and on how results are computed
     """
 
     def __init__(self, name):

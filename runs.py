@@ -32,8 +32,8 @@ WRITTEN = (
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of a file system without locks
 SETTINGS = (  # what others read of config.json
-    "model dtype reward then switch opponent game actions layout prompt seed sampling rank alpha "
-    "versions"
+    "model dtype reward then switch opponent game payoffs actions layout prompt seed sampling rank "
+    "alpha targets xi versions"
 ).split()
 
 

@@ -1,6 +1,6 @@
 """Which finished runs are tested, and in what condition: what evaluate.py and the studies are told.
 
-condition_parser             the options that they share
+condition_parser             the options that they share;  add_match_options: if they play, more
 read_runs, read_configs      the settings of runs, which must be finished and fit each other
 condition_from, games_from   the Condition and the games of the command line
 """
@@ -14,13 +14,17 @@ from runs import read_config
 
 
 def condition_parser(prog, description, games=tuple(GAMES)):
-    """The options that evaluate.py shares with the studies: which runs, in what condition."""
+    """The options that evaluate.py shares with the studies: which runs, in what condition.
+
+    games: those that are tested by default; of a program that tests one game, that one
+    """
     parser = program_parser(prog, description)
     option = parser.add_argument
     help = "run folders that train.py wrote, all of one base model"
     option("runs", nargs="+", type=Path, metavar="RUN", help=help)
     help = f"which games [{' '.join(games)}]"
-    option("--game", nargs="+", choices=GAMES, default=list(games), help=help)
+    several = "+" if len(games) > 1 else 1
+    option("--game", nargs=several, choices=GAMES, default=list(games), help=help)
     help = "a game of your own instead of --game, as for train.py"
     option("--payoffs", nargs=8, type=number(int), metavar="POINTS", help=help)
     names, help = ("C_NAME", "D_NAME"), "the names of C and D [action3 action4]"
@@ -33,9 +37,17 @@ def condition_parser(prog, description, games=tuple(GAMES)):
     option("--prompt-file", type=Path, metavar="FILE", help=help)
     help = "a sentence of values before the prompt [none]"
     option("--persona", choices=["none", *PERSONAS], default="none", help=help)
-    option("--rounds", type=number(int, 1, 10**6), default=5, help="rounds per episode [5]")
     help = "[as the runs were trained]"
     option("--sampling", choices=("constrained", "free"), help=help)
+    option("--json", type=Path, metavar="FILE", help="write everything to this file")
+    option("--overwrite", action="store_true", help="replace the files that are written")
+    return parser
+
+
+def add_match_options(parser):
+    """Those of a program that plays: how long, and what is legal."""
+    option = parser.add_argument
+    option("--rounds", type=number(int, 1, 10**6), default=5, help="rounds per episode [5]")
     help = (
         "which free answers count: prefix, those that begin with a name, as in training; strict, "
         "those that are nothing else up to the token behind it, as in the authors' tests of other "
@@ -44,9 +56,6 @@ def condition_parser(prog, description, games=tuple(GAMES)):
     option("--legal", choices=("prefix", "strict"), default="prefix", help=help)
     help = "reward of an illegal answer, points [-6]"
     option("--illegal", type=number(float, high=0), default=-6.0, help=help)
-    option("--json", type=Path, metavar="FILE", help="write everything to this file")
-    option("--overwrite", action="store_true", help="replace the files that are written")
-    return parser
 
 
 def read_runs(args):

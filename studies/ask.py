@@ -33,44 +33,52 @@ def ask(evaluator, run, condition):
 
     run: None: the untuned model
     """
-    table, prompts = evaluator.table(run, condition)[::ORDERS], build_prompts(condition)[::ORDERS]
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    prompts = build_prompts(condition)[::ORDERS]
+    if run is not None:
+        evaluator.load(run)
     if evaluator.free:
-        length = max(map(len, evaluator.tokens(condition)[1])) + 1
+        tokens, names = evaluator.tokens(condition)
+        length = max(map(len, names)) + 1
         torch.manual_seed(0)
-        answers = generate(evaluator, run, chats, do_sample=True, max_new_tokens=length)
+        answers = generate(evaluator, run, tokens[::ORDERS], do_sample=True, max_new_tokens=length)
     else:
         rng = np.random.default_rng(0)
+        table = evaluator.table(run, condition)[::ORDERS]
         answers = [condition.names[int(rng.random() >= p[0])] for p in table]
     asked = []
     for state, prompt, answer in zip(STATES, prompts, answers):
         asked.append({"state": state, "prompt": prompt, "answer": answer})
     for question in QUESTIONS:
-        after = []
-        for chat, answer in zip(chats, answers):
-            said = {"role": "assistant", "content": answer}
-            after.append([*chat, said, {"role": "user", "content": question}])
-        replies = generate(evaluator, run, after, do_sample=False, max_new_tokens=60)
+        tokens = asked_after(evaluator.tokenizer, prompts, answers, question)
+        replies = generate(evaluator, run, tokens, do_sample=False, max_new_tokens=60)
         for entry, reply in zip(asked, replies):
             entry[question] = reply
     return asked
 
 
-def generate(evaluator, run, chats, **settings):
-    """The next turn of each chat, all at once, by a run's agent (None: the untuned model)."""
+def asked_after(tokenizer, prompts, answers, question):
+    """Token ids of each prompt, its answer and a question: list of lists."""
+    if not tokenizer.chat_template:
+        texts = [f"{prompt} {answer}\n{question}\n" for prompt, answer in zip(prompts, answers)]
+        return tokenizer(texts)["input_ids"]
+    chats = []
+    for prompt, answer in zip(prompts, answers):
+        turns = zip(("user", "assistant", "user"), (prompt, answer, question))
+        chats.append([{"role": role, "content": text} for role, text in turns])
+    texts = write_chats(tokenizer, chats, add_generation_prompt=True)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes its own
+
+
+def generate(evaluator, run, tokens, **settings):
+    """What the agent of a run (None: the untuned model) writes after each text: list of str.
+
+    tokens: ids of each text, list of lists
+    """
     model, tokenizer = evaluator.model, evaluator.tokenizer
-    if tokenizer.chat_template:
-        texts = write_chats(tokenizer, chats, add_generation_prompt=True)
-    else:
-        texts = []
-        for chat in chats:
-            texts.append("".join(turn["content"] + "\n" for turn in chat))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    special = not tokenizer.chat_template  # a template writes its own special tokens
-    padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    inputs = tokenizer(texts, add_special_tokens=special, **padded).to(model.device)
-    inputs.pop("token_type_ids", None)
+    padded = tokenizer.pad({"input_ids": tokens}, padding_side="left", return_tensors="pt")
+    inputs = padded.to(model.device)
     settings |= {"pad_token_id": tokenizer.pad_token_id, "top_k": 0, "top_p": 1.0}
     with adapter(model, None if run is None else "agent"):
         out = model.generate(**inputs, **settings)

@@ -35,7 +35,7 @@ from evaluator import Evaluator
 from program import printing, user_error
 from rewards import reward_array
 from runs import write_json
-from tested import condition_from, condition_parser, games_from, read_runs
+from tested import add_match_options, condition_from, condition_parser, games_from, read_runs
 
 
 def meet(player, other, other_opening, payoffs, rounds, illegal=-6.0):
@@ -93,8 +93,10 @@ def society(args, configs):
     results = {}
     for name, run in agents.items():
         player, meetings = evaluator.player(run, condition), {}
-        for other, (opponent, first) in others.items():
-            meetings[other] = meet(player, opponent, first, payoffs, args.rounds, args.illegal)
+        for other, (opponent, its_opening) in others.items():
+            meetings[other] = meet(
+                player, opponent, its_opening, payoffs, args.rounds, args.illegal
+            )
         results[name] = {
             "strategy": legal_moves(player)[:, C].tolist(),
             "society": meetings,
@@ -104,7 +106,9 @@ def society(args, configs):
 
 
 def main(argv=None):
-    args = condition_parser("society.py", __doc__, games=["ipd"]).parse_args(argv)
+    parser = condition_parser("society.py", __doc__, games=["ipd"])
+    add_match_options(parser)
+    args = parser.parse_args(argv)
     configs = read_runs(args)
     with user_error("RUN", ValueError, OSError):
         results = society(args, configs)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+from argparse import Namespace
 from itertools import cycle
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from charts import check_matplotlib, plot_heat_map, pyplot, save
 from envs import STATES, C, by_state, payoff_matrix, random_game
 from evaluator import Evaluator
 from grid import ROOT, grid_parser, markdown, train_all
+from options import choices
 from program import check_free, user_error
-from prompts import action_names, first_condition
+from prompts import first_condition
 from report import group_by_seed, show
 from rewards import REWARDS, moral_accuracy, optimum
 from runs import read_config, write_json
@@ -128,8 +130,7 @@ def slug(kind):
 
 def training_condition(config):
     """The first prompts.Condition of a run's training."""
-    names = action_names(config["actions"])
-    return first_condition(config["game"], names, config["layout"], config["prompt"])
+    return first_condition(*choices(Namespace(**config)))
 
 
 def new_conditions(condition):
@@ -186,7 +187,8 @@ def accuracies(evaluator, run, config):
         for reward in REWARDS:
             known = []
             for player, condition in zip(players, conditions):
-                accuracy = moral_accuracy(reward, player, payoff_matrix(condition.game))
+                payoffs = payoff_matrix(condition.game)
+                accuracy = moral_accuracy(reward, player, payoffs, config["xi"])
                 if not math.isnan(accuracy):
                     known.append(accuracy)
             means[reward][new] = float(np.mean(known)) if known else None

@@ -39,7 +39,7 @@ from envs import (
     payoff_matrix,
     play,
 )
-from evaluator import Evaluator
+from evaluator import PROSE_TOKENS, Evaluator
 from prompts import NAMES, Condition
 from rewards import REWARDS, reward_array
 
@@ -370,26 +370,36 @@ def test_pictures_need_matplotlib(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "figures").exists()
 
 
-def test_drift_is_that_of_the_plain_models(run, tiny, tmp_path):
-    """KL and perplexity on prose against the base and the model with PEFT's adapter."""
+@pytest.mark.parametrize("begins", [False, True])
+def test_drift_is_that_of_the_plain_models(begins, run, tiny, monkeypatch):
+    """KL and perplexity on prose against the base and the model with PEFT's adapter.
+
+    begins: the tokenizer puts a token before every text, which then stands before every chunk
+    """
     _, tokenizer = tiny
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), run)
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
-    ids = tokenizer((ROOT / "studies" / "prose.txt").read_text())["input_ids"][:512]
+    prose = (ROOT / "studies" / "prose.txt").read_text()
+    ids = tokenizer(prose)["input_ids"][:PROSE_TOKENS]
+    start = [ids.pop(0)] if begins else []
     divergences, surprises = [], []
-    for start in range(0, 512, 64):
-        chunk = torch.tensor(ids[start : start + 64])
+    for i in range(0, len(ids), 64):
+        chunk = torch.tensor([*start, *ids[i : i + 64]])
         with torch.no_grad():
             own, other = (m(chunk[None]).logits[0, :-1].log_softmax(-1) for m in (base, tuned))
         divergences.append(
-            torch.nn.functional.kl_div(other, own, reduction="none", log_target=True)
+            torch.nn.functional.kl_div(other, own, reduction="none", log_target=True).sum(-1)
         )
-        for log_probs, sign in ((other, 1), (own, -1)):
-            surprises.append(sign * torch.nn.functional.nll_loss(log_probs, chunk[1:]).item())
-    drift = Evaluator(read_json(run / "config.json")).drift(run)
-    assert drift["kl"] == pytest.approx(torch.stack(divergences).sum(-1).mean().item(), rel=1e-3)
+        likelihoods = [log_probs.gather(1, chunk[1:, None]) for log_probs in (own, other)]
+        surprises.append(likelihoods[0] - likelihoods[1])
+    evaluator = Evaluator(read_json(run / "config.json"))
+    if begins:
+        monkeypatch.setattr(type(evaluator.tokenizer), "bos_token_id", start[0], raising=False)
+    drift = evaluator.drift(run, ("action1", "action2"))
+    assert drift["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
     assert drift["kl"] > 1e-4
-    assert drift["perplexity"] == pytest.approx(np.exp(2 * np.mean(surprises)), rel=1e-3)
+    ratio = torch.cat(surprises).mean().exp().item()
+    assert drift["perplexity"] == pytest.approx(ratio, rel=1e-3)
     said = []
     for wording in ("choice", "game", "game_state"):
         condition = Condition(wording=wording)

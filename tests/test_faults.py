@@ -424,11 +424,11 @@ def test_a_stopped_evaluation_keeps_what_it_has(run, capsys, tmp_path, monkeypat
     second, path = copy_run(run, tmp_path / "second", seed=2), tmp_path / "results.json"
     drift, calls = Evaluator.drift, []
 
-    def interrupted(self, which):
+    def interrupted(self, which, names):
         calls.append(which)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return drift(self, which)
+        return drift(self, which, names)
 
     monkeypatch.setattr(Evaluator, "drift", interrupted)
     evaluate.main([str(run), str(second), "--game", "ipd", "--json", str(path)])
