@@ -240,7 +240,8 @@ def likely_texts(model, prompts, length, stops, count):
 
 def next_probabilities(model, prompts, prefixes):
     """Of every token after each prompt and prefix: list of float64 [prompt, vocabulary]."""
-    trie = Trie(prompts, [[*prefix, 0] for prefix in prefixes])
+    # A trie has no node for an answer's last token: any will do.
+    trie = Trie(prompts, [(*prefix, 0) for prefix in prefixes])
     logits = model(**trie.inputs(model)).logits.flatten(0, 1)
     behind = []
     for path in trie.paths:

@@ -29,13 +29,10 @@ from charts import (
 from envs import STATES
 from report import mean_and_interval
 
-FIGURES = tuple(
-    f"{name}.png"
-    for name in (
-        *("training", "curves", "policy", "reciprocity", "actions", "regret"),
-        *("wordings", "personas", "axes"),
-    )
-)
+FIGURES = (
+    "training.png curves.png policy.png reciprocity.png actions.png regret.png wordings.png "
+    "personas.png axes.png"
+).split()
 LINES = ["-", "--", ":", "-."]
 NORMS = ("deontological", "utilitarian")
 

@@ -76,9 +76,9 @@ def load_model(path, device=None, dtype="float32"):
             local = str(path).startswith(("/", ".", "~"))
             reason = "there is no such folder" + ("" if local else f", and on the hub: {reason}")
         raise ModelError(f"cannot load a model from {path}: {reason}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        for key in sorted(map(str, report[kind])):
-            raise ModelError(f"the weights in {path} lack {key} as config.json describes it")
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise ModelError(f"the weights in {path} lack {lacking[0]} as config.json describes it")
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ModelError(f"the tokenizer in {path} knows no text: are its files complete?")
     return model.to(device or default_device()).eval(), tokenizer

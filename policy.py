@@ -2,7 +2,7 @@
 
 A policy maps P distinct prompts to log-probabilities of K outcomes: a table [prompt, outcome].
 Where a task has few distinct prompts, one forward pass gives the whole table; then any number of
-samples is drawn by indexing it. No sampling loop over tokens, no padding (trie.py).
+samples is drawn by indexing it. There is no sampling loop over tokens (trie.py).
 
     Policy  model + adapter + value head: `forward` gives a Table, `backward` carries a gradient
             of that table to the weights

@@ -105,7 +105,7 @@ class Learner:
     clip:       of the ratio and of the value;  vf_coef: weight of the value loss
     kl_coef:    beta at the start;  kl_target: to which it adapts, in nats per sample; None: fixed
     gamma:      discount per round
-    The defaults are the paper's.
+    The defaults are the paper's, but for Adam's epsilon.
     """
 
     def __init__(

@@ -109,8 +109,10 @@ def label(own, settings):
     *earlier, last = own["reward"], *own["then"]
     words = [f"{reward} until {episode}, then" for reward, episode in zip(earlier, own["switch"])]
     words.append(last)
-    others = []
-    for key in dict.fromkeys(key for other in settings for key in other):
+    others, keys = [], {}
+    for other in settings:
+        keys |= other
+    for key in keys:
         values = {json.dumps(other.get(key)) for other in settings}
         if len(values) == 1 or key in ("reward", "then", "switch") or own.get(key) is None:
             continue

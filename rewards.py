@@ -39,7 +39,7 @@ def game_deontological(own, other, move, opponent_last, xi):
 
 
 def equality(own, other, move, opponent_last, xi):
-    """Fair shares: R = 1 - |own points - other's| / (own points + other's), 1 where both are 0."""
+    """Fair shares: R = 1 - |own points - other's| / (|own points| + |other's|); 0 each: 1."""
     total = np.abs(own) + np.abs(other)
     return 1 - np.abs(own - other) / np.where(total == 0, 1, total)
 
@@ -117,7 +117,7 @@ def deontological_regret(mean_reward):
 
     The best is 0, no betrayal.
     """
-    return 0 - mean_reward
+    return 0 - mean_reward  # and not -mean_reward: -0.0 is no regret
 
 
 def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):

@@ -5,7 +5,8 @@
 The 16 prompts of a game are 2,224 tokens of Gemma 3, and 648 nodes.  [torch; knows no game]
 """
 
-import numpy as np
+import math
+
 import torch
 
 
@@ -92,7 +93,7 @@ class Trie:
         if kinds - {"full_attention", "sliding_attention"}:
             found = ", ".join(sorted(kinds))
             raise ValueError(f"layers of {found}: the trie needs plain or sliding-window attention")
-        if self.depth.max() >= getattr(config, "max_position_embeddings", np.inf):
+        if self.depth.max() >= getattr(config, "max_position_embeddings", math.inf):
             count, most = int(self.depth.max()) + 1, config.max_position_embeddings
             raise ValueError(f"the prompt has {count} tokens, the model takes {most}")
         known = model.get_input_embeddings().weight.shape[0]
@@ -100,6 +101,7 @@ class Trie:
             raise ValueError(f"the tokenizer is of another model: this one knows {known} tokens")
         distance = self.depth[:, :, None] - self.depth[:, None, :]
         near = distance < (window or self.tokens.shape[1])
+        # A model with both kinds of layers takes a mask of each by its name, any other the one.
         masks = {
             "full_attention": additive_mask(self.ancestors, model),
             "sliding_attention": additive_mask(self.ancestors & near, model),
@@ -107,7 +109,7 @@ class Trie:
         return {
             "input_ids": self.tokens.to(model.device),
             "position_ids": self.depth.to(model.device),
-            "attention_mask": masks if len(kinds) > 1 else masks[min(kinds)],
+            "attention_mask": masks if len(kinds) > 1 else masks[kinds.pop()],
             "logits_to_keep": self.keep.to(model.device),
             "use_cache": False,
         }

@@ -87,14 +87,16 @@ def cooperation_at_switch(out, reward):
 
 
 def jobs_of_model(model, seeds, until):
-    """(reward, best, options of train.py) of each run of a model that is not the embedded one."""
+    """(run folder, reward, best, options of train.py) of each run of a model not embedded here."""
+    folder = ROOT / "results" / Path(model).name / ("until" if until else "runs")
     jobs = []
     for opponent in ("tit-for-tat", "random"):
         for seed in seeds:
             for reward in MORALS:
                 options = ["--opponent", opponent, "--seed", seed, "--model", model]
                 options += ["--until", until] if until else []
-                jobs.append((reward, BEST[reward], *options))
+                out = folder / f"{reward}-vs-{opponent}-seed{seed}"
+                jobs.append((out, reward, BEST[reward], *options))
     return jobs
 
 
@@ -126,6 +128,8 @@ def main():
     help = "stop a run of another model at this accuracy, see train.py"
     parser.add_argument("--until", type=float, metavar="ACCURACY", help=help)
     args = parser.parse_args()
+    if args.until and args.model == "tiny":
+        parser.error("--until: of the embedded model all runs go to their end")
     environment = dict(os.environ)
     if args.model == "tiny":
         jobs = list_jobs(range(1, (args.seeds or 5) + 1))
@@ -137,10 +141,8 @@ def main():
             misses = sum(not run.result() for run in running)
     else:
         jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1), args.until), 0
-        folder = ROOT / "results" / Path(args.model).name / ("until" if args.until else "runs")
-        for reward, best, *options in jobs:
-            out = folder / f"{reward}-vs-{options[1]}-seed{options[3]}"
-            misses += not measure(out, environment, reward, best, *options)
+        for out, *job in jobs:
+            misses += not measure(out, environment, *job)
     print(f"{len(jobs)} runs, {misses} misses")
     sys.exit(misses > 0)
 

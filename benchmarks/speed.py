@@ -2,7 +2,7 @@
 
 And how far is it from the usual ways?
 
-    python benchmarks/speed.py                            # embedded model, two minutes on two cores
+    python benchmarks/speed.py                            # embedded model: half a minute
     python benchmarks/speed.py --model FOLDER             # any other one: ten minutes for 270M
     python benchmarks/speed.py --model gemma-2-2b-shape   # random weights: a GPU of 10 GB, bfloat16
     python benchmarks/speed.py --json speed.json
@@ -10,7 +10,7 @@ And how far is it from the usual ways?
 Prints medians of interleaved repeats. The floor is the bare model on the same trie: no adapters,
 frozen weights, gradients of the activations only. The weights do not change the work, so the random
 ones of a real shape measure a real model; the embedded tokenizer stands in for its own. "The
-authors' way" is written from what the README says of their loop ("Where this differs").
+authors' way" is written from what docs/PAPER.md says of their loop.
 """
 
 import argparse

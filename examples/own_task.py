@@ -34,6 +34,7 @@ for update in range(30):
     acted = act(policy)
     prompt = rng.integers(len(PROMPTS), size=(64, 1))  # 64 episodes of one round
     passed = rng.random((64, 1, 1)) >= acted.probabilities.cumsum(axis=1)[prompt]
+    # The last answer takes what rounding leaves of the total.
     action = passed[..., :-1].sum(axis=-1)
     reward = REWARD[prompt, action]
     stats = learner.update(acted, prompt, action, reward)

@@ -58,7 +58,9 @@ VARIED_LARGE = {  # of any other model; random games were too much for one of 27
 # What is new at test: the names of training in each other's role; names that are not in
 # prompts.NAMES, in both roles; a layout; a wording; random games, always the same ones.
 NEW_PAIRS = (("action3", "action4"), ("K", "X"), ("moon", "river"), ("A", "B"))
-NEW_NAMES = [names for pair in NEW_PAIRS for names in (pair, pair[::-1])]
+NEW_NAMES = []
+for pair in NEW_PAIRS:
+    NEW_NAMES += [pair, pair[::-1]]
 NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
 WRITTEN = ("transfer.json", "transfer.md", "transfer.png")
 
