@@ -14,8 +14,8 @@ switch); then the number of misses. An entry that the reward decides must be wit
 1; `*` marks the entries it leaves open.
 
 Runs of the embedded model: two at a time, one thread each. Those of another one go one by one to
-results/MODEL/runs, where studies/paper.py has its own, or with --until to results/MODEL/until; what
-is finished is skipped, so the command may be stopped and given again.
+results/MODEL/runs, with --until to results/MODEL/until, where studies/paper.py has its own; what is
+finished is skipped, so the command may be stopped and given again.
 """
 
 import argparse

@@ -53,7 +53,7 @@ VARIED = {  # in training; never NEW_LAYOUT, NEW_WORDING or NEW_NAMES
 VARIED_LARGE = {  # of any other model; random games were too much for one of 270M parameters
     "nothing": [],
     "names": ["--episodes", "15360", *NAMES],
-    "names, layout": ["--episodes", "15360", *LAYOUTS],
+    "names, layout": ["--episodes", "30720", "--lr", "1e-4", *LAYOUTS],
 }
 # What is new at test: the names of training in each other's role; names that are not in
 # prompts.NAMES, in both roles; a layout; a wording; random games, always the same ones.
