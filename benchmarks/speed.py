@@ -9,8 +9,7 @@ And how far is it from the usual ways?
 
 Prints medians of interleaved repeats. The floor is the bare model on the same trie: no adapters,
 frozen weights, gradients of the activations only. The weights do not change the work, so the random
-ones of a real shape measure a real model; the embedded tokenizer stands in for its own. "The
-authors' way" is written from what docs/PAPER.md says of their loop.
+ones of a real shape measure a real model; the embedded tokenizer stands in for its own.
 """
 
 import argparse
@@ -30,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import envs
+from authors import ROUNDS, authors_update, plain_inputs
 from lora import adapter, add_adapter
 from models import default_device, encode, load_model
 from policy import Policy
@@ -43,7 +42,6 @@ from rewards import reward_array
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
-ROUNDS = 5
 
 
 def load(name, layers):
@@ -120,59 +118,11 @@ class Job:
         self.policy.backward(table, gradients)
 
 
-def plain_inputs(model, prompts, answers):
-    """Plain sequences for the model, left-padded: prompts, and an answer up to its last token."""
-    rows = [torch.tensor(prompt + answers[0][:-1]) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (rows, ones))
-    return {
-        "input_ids": ids.to(model.device),
-        "attention_mask": mask.to(model.device),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(model.device),
-        "use_cache": False,
-    }
-
-
 def plain_pass(model, inputs):
     """Forward and backward pass over plain sequences, the output head on the last position."""
     with adapter(model, "player"):
         logits = model(**inputs, logits_to_keep=1).logits
     logits.float().log_softmax(-1)[:, 0, :2].sum().backward()
-
-
-def authors_update(job, reference, optimizer):
-    """One PPO step on one episode, as the authors' loop does it.
-
-    An uncached pass over one sequence for each token of an answer; old log-probabilities and those
-    of a second full model, `reference`, on 5 rounds with logits everywhere; 4 epochs in one step.
-    """
-    model, length = job.model, len(job.answers[0])
-
-    def log_probs(network):
-        tail = network(**inputs).logits[:, -length - 1 : -1].float().log_softmax(-1)
-        return tail.gather(2, inputs["input_ids"][:, -length:, None]).sum((1, 2))
-
-    with adapter(model, "player"), adapter(reference, None):
-        chosen = []
-        for _ in range(ROUNDS):
-            prompt = list(job.prompts[job.rng.integers(len(job.prompts))])
-            with torch.no_grad():
-                for _ in range(length):
-                    ids = torch.tensor([prompt], device=model.device)
-                    logits = model(input_ids=ids, use_cache=False).logits[0, -1]
-                    prompt.append(int(torch.multinomial(logits.float().softmax(-1), 1)))
-            chosen.append(prompt)
-        inputs = plain_inputs(model, chosen, [[0]])
-        with torch.no_grad():
-            old, against = log_probs(model), log_probs(reference)
-        reward = torch.tensor(job.rng.normal(size=ROUNDS), dtype=torch.float32).to(model.device)
-        advantage = reward - 0.2 * (old - against)
-        optimizer.zero_grad()
-        for _ in range(4):
-            ratio = (log_probs(model) - old).exp()
-            loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).mean()
-            (loss / 4).backward()
-        optimizer.step()
 
 
 def measure_floor(job, repeats, large):
