@@ -13,8 +13,9 @@ from rewards import REWARDS
 from runs import check_out, read_config
 
 # Settings of the embedded model, of any other one, and the paper's (--paper, for any model).
-# None on the command line means: take them from here.
+# None on the command line means: take them from here; None here means never.
 DEFAULTS = {
+    "until": (None, 0.97, None),
     "sampling": ("constrained", "free", "free"),
     "episodes": (25600, 8192, 1000),
     "batch": (256, 256, 1),
@@ -40,7 +41,8 @@ def train_parser(description):
             shown = " ".join(default) if isinstance(default, list) else default
             help += f" [{shown}]"
         elif key in DEFAULTS:
-            help += " [embedded model {}, any other {}, --paper {}]".format(*DEFAULTS[key])
+            shown = ["never" if value is None else value for value in DEFAULTS[key]]
+            help += " [embedded model {}, any other {}, --paper {}]".format(*shown)
         parser.add_argument(flag, help=help, **kwargs)
 
     # What is learned, from whom.
@@ -82,7 +84,7 @@ def train_parser(description):
     option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
-    help = "stop as soon as the better action has this probability, a mean over states [never]"
+    help = "stop as soon as the better action has this probability, a mean over the states"
     option("--until", help, type=number(float, 0, 1, above=True), metavar="ACCURACY")
     option("--rounds", "rounds per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=non_negative, default=3.0)
@@ -141,10 +143,7 @@ def parse_train(description, argv=None):
         args.resume = args.out = resume
     if args.reward is None:
         parser.error("the following arguments are required: --reward")
-    for key, (embedded, other, paper) in DEFAULTS.items():
-        if getattr(args, key) is None:
-            own = embedded if args.model == "tiny" else other
-            setattr(args, key, paper if args.paper else own)
+    set_defaults(parser, args)
     with user_error("--opponent"):
         opponent_strategy(args.opponent)
     with user_error("--actions"):
@@ -156,12 +155,6 @@ def parse_train(description, argv=None):
         )
     if args.payoffs and args.game != ["ipd"]:
         parser.error("--payoffs: it is the game: leave --game out")
-    if args.until and args.gamma:
-        parser.error("--until: what is better in the long run (--gamma) is not known: leave it out")
-    games, names, layouts, wordings = choices(args)
-    drawn = games == ["random"] or len(names) > 2 or max(map(len, (games, layouts, wordings))) > 1
-    if args.until and drawn:
-        parser.error("--until: where updates differ in what is played, one update tells too little")
     with user_error("--switch" if args.switch else "--episodes"):
         args.switch = phase_starts(args)[1:]
     if args.out is None:
@@ -177,6 +170,21 @@ def parse_train(description, argv=None):
     args.device = args.device or default_device()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
+
+
+def set_defaults(parser, args):
+    """Fill in what is not on the command line and depends on the model."""
+    games, names, layouts, wordings = choices(args)
+    drawn = games == ["random"] or len(names) > 2 or max(map(len, (games, layouts, wordings))) > 1
+    endless = drawn or args.gamma > 0  # then one update's accuracy does not tell what is learned
+    if args.until and endless:
+        parser.error("--until: not with --gamma, nor where games, names, layouts or wordings vary")
+    for key, (embedded, other, paper) in DEFAULTS.items():
+        if getattr(args, key) is None:
+            own = embedded if args.model == "tiny" else other
+            setattr(args, key, paper if args.paper else own)
+    if endless:
+        args.until = None
 
 
 def choices(args):

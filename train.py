@@ -105,6 +105,7 @@ def train(args, agents, opponent, folder, state, stop):
             accuracies.append(moral_accuracy(reward, players[i], views[i], *settings))
         last_phase_began = max(args.switch, default=0) <= start - args.batch
         if args.until and last_phase_began and min(accuracies) >= args.until:
+            progress.set_description("learned")
             break
 
         # Play all episodes at once by indexing these probabilities.

@@ -6,7 +6,6 @@
     python benchmarks/learning.py --seeds 1   # a quick look
     python benchmarks/learning.py --model FOLDER    # any other model: four rewards against
                                                     # tit-for-tat and random, three seeds
-    python benchmarks/learning.py --model FOLDER --until 0.99    # the same, stopped where learned
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
@@ -14,8 +13,8 @@ switch); then the number of misses. An entry that the reward decides must be wit
 1; `*` marks the entries it leaves open.
 
 Runs of the embedded model: two at a time, one thread each. Those of another one go one by one to
-results/MODEL/runs, with --until to results/MODEL/until, where studies/paper.py has its own; what is
-finished is skipped, so the command may be stopped and given again.
+results/MODEL/runs, where studies/paper.py has its own; what is finished is skipped, so the command
+may be stopped and given again.
 """
 
 import argparse
@@ -86,15 +85,14 @@ def cooperation_at_switch(out, reward):
                 return max(float(row[f"P(C|{state})"]) for state in STATES)
 
 
-def jobs_of_model(model, seeds, until):
+def jobs_of_model(model, seeds):
     """(run folder, reward, best, options of train.py) of each run of a model not embedded here."""
-    folder = ROOT / "results" / Path(model).name / ("until" if until else "runs")
+    folder = ROOT / "results" / Path(model).name / "runs"
     jobs = []
     for opponent in ("tit-for-tat", "random"):
         for seed in seeds:
             for reward in MORALS:
                 options = ["--opponent", opponent, "--seed", seed, "--model", model]
-                options += ["--until", until] if until else []
                 out = folder / f"{reward}-vs-{opponent}-seed{seed}"
                 jobs.append((out, reward, BEST[reward], *options))
     return jobs
@@ -125,11 +123,7 @@ def main():
     help = "runs of each kind [5; free sampling 3; of another model 3]"
     parser.add_argument("--seeds", type=int, help=help)
     parser.add_argument("--model", default="tiny", help="a folder or a name on the hub [tiny]")
-    help = "stop a run of another model at this accuracy, see train.py"
-    parser.add_argument("--until", type=float, metavar="ACCURACY", help=help)
     args = parser.parse_args()
-    if args.until and args.model == "tiny":
-        parser.error("--until: of the embedded model all runs go to their end")
     environment = dict(os.environ)
     if args.model == "tiny":
         jobs = list_jobs(range(1, (args.seeds or 5) + 1))
@@ -140,7 +134,7 @@ def main():
                 running.append(pool.submit(measure, Path(folder) / str(i), environment, *job))
             misses = sum(not run.result() for run in running)
     else:
-        jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1), args.until), 0
+        jobs, misses = jobs_of_model(args.model, range(1, (args.seeds or 3) + 1)), 0
         for out, *job in jobs:
             misses += not measure(out, environment, *job)
     print(f"{len(jobs)} runs, {misses} misses")

@@ -3,8 +3,7 @@
     python studies/paper.py                     # the embedded model: 23 minutes
     python studies/paper.py --model FOLDER      # any other one, two learners with two seeds
 
-Free sampling. Runs go to results/MODEL/runs; those of another model end where they have learned
-(--until 0.97) and go to results/MODEL/until. What is finished is skipped and what was interrupted
+Free sampling. Runs go to results/MODEL/runs; what is finished is skipped and what was interrupted
 is resumed, so the command may be stopped and given again. The evaluation (random opponent, names
 never shown in training, all five games) goes to results/MODEL/*.json, *.txt, *.md and
 results/MODEL/figures.
@@ -42,7 +41,7 @@ def main():
     embedded = args.model == "tiny"
     folder = args.results or ROOT / "results" / Path(args.model).name
     seeds = {"tit-for-tat": args.seeds, "learner": args.seeds if embedded else min(args.seeds, 2)}
-    grid = list(runs(args.model, seeds, folder / ("runs" if embedded else "until")))
+    grid = list(runs(args.model, seeds, folder / "runs"))
     jobs = args.jobs or (os.cpu_count() if embedded else 1)
     train_all(grid, jobs, threads=1 if embedded else None)
     for opponent in seeds:
@@ -64,7 +63,6 @@ def runs(model, seeds, folder):
             for kind, rewards in KINDS.items():
                 options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
                 options += ["--sampling", "free", "--model", model]
-                options += [] if model == "tiny" else ["--until", "0.97"]
                 yield folder / f"{kind}-vs-{opponent}-seed{seed}", options
 
 

@@ -131,6 +131,23 @@ def test_until_stops_as_soon_as_all_have_learned(opponent, tmp_path):
     assert len(rows) > 2 and max(least) < 0.8
 
 
+@pytest.mark.parametrize(
+    "options, until",
+    [
+        ("", None),
+        ("--model folder", 0.97),
+        ("--model folder --until 0.9", 0.9),
+        ("--model folder --paper", None),
+        ("--model folder --actions random", None),
+        ("--model folder --game ipd chicken", None),
+        ("--model folder --gamma 0.5", None),
+    ],
+)
+def test_where_training_stops_early_by_default(options, until):
+    words = ["--reward", "game", "--out", "never-written", *options.split()]
+    assert parse_train("", words).until == until
+
+
 def test_until_waits_for_an_update_of_the_last_phase(tmp_path):
     options = ["--reward", "game", "--then", "utilitarian", "--switch", "20", "--until", "0.01"]
     run_training(tmp_path / "run", *options, *SHORT, "--episodes", "64")
