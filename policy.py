@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 from lora import adapter, adapter_parameters
+from models import ModelError
 from trie import Trie
 
 
@@ -153,12 +154,12 @@ class Policy:
     def reference(self):
         """Log-probabilities of the base model, float64 numpy [P, K].
 
-        Raises ValueError where they are not finite.
+        Raises ModelError where they are not finite.
         """
         log_probs = self.forward(reference=True, keep_graph=False).log_probs.double().numpy()
         if not np.isfinite(log_probs).all():
             reason = "its weights are damaged, or try --dtype float32"
-            raise ValueError(f"the model's own probabilities are not finite: {reason}")
+            raise ModelError(f"the model's own probabilities are not finite: {reason}")
         return log_probs
 
     def probabilities(self, reference=False):

@@ -148,6 +148,7 @@ def run(args, path):
     """From the command line's settings to the finished run folder at `path`."""
     from agents import setup
     from lora import base_fingerprint
+    from models import ModelError
 
     agents, opponent = setup(args)
     settings = run_settings(args, base_fingerprint(agents[0].model))
@@ -155,6 +156,7 @@ def run(args, path):
     resume = f"python train.py --resume {path}"
     with (
         user_error("--out", OSError, hint=folder.hint),
+        user_error("--model", ModelError),  # it may fail in what is drawn later
         user_error("--lr", FloatingPointError, hint="lower it and start again, with --overwrite"),
         folder.locked(),
         stop_signals() as stop,

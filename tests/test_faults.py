@@ -207,6 +207,21 @@ def test_models(fault, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
 
 
+def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, tmp_path, tiny):
+    _, tokenizer = tiny
+    [token] = tokenizer(" moon", add_special_tokens=False)["input_ids"]
+
+    def poison(tensors):
+        tensors["model.embed_tokens.weight"][token] = float("nan")
+        return tensors
+
+    model = damaged_model(tmp_path / "model", weights(poison))
+    names = ["--actions", "sun", "river", "moon", "--batch", "16"]
+    with refused(capsys, "--model", "not finite"):
+        run_training(tmp_path / "run", *SHORT, "--model", model, *names)
+    assert (tmp_path / "run" / "metrics.csv").exists()  # it had begun
+
+
 def test_the_date_in_a_template_stands_still(tiny):
     _, tokenizer = tiny
     dated = AutoTokenizer.from_pretrained(ROOT / "tiny")
