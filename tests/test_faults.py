@@ -216,9 +216,9 @@ def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, t
         return tensors
 
     model = damaged_model(tmp_path / "model", weights(poison))
-    names = ["--actions", "sun", "river", "moon", "--batch", "16"]
+    options = ["--actions", "sun", "river", "moon", "--sampling", "constrained", "--batch", "16"]
     with refused(capsys, "--model", "not finite"):
-        run_training(tmp_path / "run", *SHORT, "--model", model, *names)
+        run_training(tmp_path / "run", *SHORT, "--model", model, *options)
     assert (tmp_path / "run" / "metrics.csv").exists()  # it had begun
 
 
