@@ -45,11 +45,12 @@ def act(policy, keep_graph=True):
 
     Raises FloatingPointError where the policy is not finite.
     """
+    reference = policy.reference  # first: it tells where the base model is at fault
     table = policy.forward(keep_graph=keep_graph)
     log_probs, values = table.log_probs.double().numpy(), table.values.double().numpy()
     if not (np.isfinite(log_probs).all() and np.isfinite(values).all()):
         raise FloatingPointError("the policy is no longer finite")
-    return Acted(policy, table, log_probs, values, policy.reference, np.exp(log_probs))
+    return Acted(policy, table, log_probs, values, reference, np.exp(log_probs))
 
 
 class RunningMoments:
