@@ -211,7 +211,8 @@ def plot_actions(groups, parts):
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     layout = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    size = (3 * columns + 1.2, 2.2 * rows + 1)
+    longest = max(map(len, parts[0]))  # of the names below the bars
+    size = (3 * columns + 1.2, (1.9 + 0.08 * longest) * rows + 0.4)
     figure, axes = pyplot().subplots(rows, columns, figsize=size, **layout)
     for ax in axes.flat[len(groups) :]:
         ax.remove()
