@@ -205,16 +205,19 @@ def print_roles(group, names):
     def legal(measures, state):
         return measures["policy"][state]["mean"] / (1 - measures["illegal"][state]["mean"] + 1e-9)
 
+    changes = {}  # preferred word -> game -> change
     for game, swapped in group.get("swapped", {}).items():
         own = group["games"][game]
         mean = sum(legal(own, state) - legal(swapped, state) for state in STATES) / len(STATES)
         if abs(mean) > ROLES_DIFFER:
             word = names[0] if mean > 0 else names[1]
-            print(
-                f"\nwarning: {group['name']}, {game}: P(C) of legal answers changes by "
-                f"{abs(mean):.2f} when the names change places: it prefers the word {word}, "
-                "whatever that stands for"
-            )
+            changes.setdefault(word, {})[game] = abs(mean)
+    for word, by_game in changes.items():
+        print(
+            f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers "
+            f"changes by up to {max(by_game.values()):.2f} ({', '.join(by_game)}): it prefers the "
+            f"word {word}, whatever that stands for"
+        )
 
 
 def print_answers(groups):
