@@ -48,13 +48,18 @@ def plot_all(results, folder):
     save(plot_curves(results), folder / "curves.png")
     save(plot_policy(results), folder / "policy.png")
     save(plot_reciprocity(results), folder / "reciprocity.png")
-    save(plot_actions(groups, [group["games"] for group in groups]), folder / "actions.png")
+    save(plot_actions(results, [group["games"] for group in groups]), folder / "actions.png")
     save(plot_regret(results), folder / "regret.png")
     if "axes" in results["baseline"]:
         for axis, name in (("prompt", "wordings"), ("persona", "personas")):
             parts = [group["axes"][axis] for group in groups]
-            save(plot_actions(groups, parts), folder / f"{name}.png")
+            save(plot_actions(results, parts), folder / f"{name}.png")
         save(plot_axes(results), folder / "axes.png")
+
+
+def roles_of(names):
+    """Which name stands for which action, as a title: the other role may look different."""
+    return "C is {}, D is {}".format(*names)
 
 
 def plot_training(results):
@@ -117,6 +122,7 @@ def plot_regret(results):
             bars[group["name"]] = regrets
         plot_bars(ax, groups, games, bars)
         ax.set_ylabel(f"{norm} regret\n({unit})")
+    axes[0].set_title(roles_of(results["actions"]))
     add_legend(figure, ax)
     return figure
 
@@ -181,7 +187,7 @@ def plot_policy(results):
             policy = group[part][game]["policy"]
             bars[group["name"]] = [policy[state] for state in STATES]
         plot_bars(ax, groups, STATES, bars)
-        ax.set(ylim=(0, 1), ylabel="P(C)", title="C is {}, D is {}".format(*pair))
+        ax.set(ylim=(0, 1), ylabel="P(C)", title=roles_of(pair))
     ax.set_xlabel(f"own and their last move, {game}")
     add_legend(figure, ax)
     return figure
@@ -198,16 +204,18 @@ def plot_reciprocity(results):
         actions = group["games"][game]["actions"]
         bars[group["name"]] = [actions[kind] for kind in kinds]
     plot_bars(ax, groups, kinds, bars)
-    ax.set(ylabel="share of rounds", xlabel=f"own action | their last move, {game}")
+    xlabel = f"own action | their last move, {game}"
+    ax.set(ylabel="share of rounds", xlabel=xlabel, title=roles_of(results["actions"]))
     add_legend(figure, ax)
     return figure
 
 
-def plot_actions(groups, parts):
+def plot_actions(results, parts):
     """Stacked shares of the actions at test: a panel per group, a bar per condition.
 
     parts: of each group, condition -> measures with means, as `evaluate.measure` names them
     """
+    groups = results["groups"]
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     layout = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
@@ -228,6 +236,7 @@ def plot_actions(groups, parts):
         ax.set_ylim(0, 1)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of rounds")
+    figure.suptitle(roles_of(results["actions"]))
     add_action_legend(figure, axes[0, 0])
     return figure
 

@@ -190,13 +190,12 @@ def print_conditions(results):
     )
     if any(group["n"] > 1 for group in results["groups"]):
         print("±: 95 % over seeds (Student's t), conditional on the one base model.")
-    strangers = set()
+    others = set()
     for run in results["runs"]:
         if not {*results["actions"]} <= {*action_names(run["actions"])}:
-            strangers.add(in_brief(run["actions"]))
-    if strangers:
-        agents = " and ".join(sorted(strangers))
-        print(f"These are not the names of training for the agents of {agents} (--actions).")
+            others.add(in_brief(run["actions"]))
+    if others:
+        print(f"The action names of training were others: {', '.join(sorted(others))} (--actions).")
 
 
 def print_roles(group, names):
@@ -214,9 +213,9 @@ def print_roles(group, names):
             changes.setdefault(word, {})[game] = abs(mean)
     for word, by_game in changes.items():
         print(
-            f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers "
-            f"changes by up to {max(by_game.values()):.2f} ({', '.join(by_game)}): it prefers the "
-            f"word {word}, whatever that stands for"
+            f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers, a "
+            f"mean over the states, changes by up to {max(by_game.values()):.2f} "
+            f"({', '.join(by_game)}): it leans to the word {word}, whatever that stands for"
         )
 
 
@@ -224,7 +223,8 @@ def print_answers(groups):
     """The most probable answers of each agent, whatever they are."""
     for group in groups:
         if "answers" in group:
-            print(f"\n{group['name']}: most probable answers (mean over the states, each state)")
+            print(f"\n{group['name']}: most probable answers, names in their first order")
+            print(f"  {'':34}  mean   {'     '.join(STATES)}")
         for answer in group.get("answers", []):
             states = "  ".join(f"{answer['states'][state]:.3f}" for state in STATES)
             print(f"  {answer['text']!r:34}{answer['mean']:6.3f}   {states}")
@@ -232,7 +232,7 @@ def print_answers(groups):
 
 def print_drift(groups, width):
     """What training did to the model beside the game."""
-    print("\nBeside the game:")
+    print("\nBeside the game (a model that is as it was: KL 0, perplexity x 1):")
     for group in groups[1:]:
         drift = {key: show(leaf) for key, leaf in group["drift"].items()}
         print(

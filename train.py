@@ -32,7 +32,7 @@ from envs import (
 from options import choices, opponent_strategy, parse_train, run_settings
 from program import is_first, processes, stop_signals, user_error
 from prompts import draw_condition, first_condition
-from report import print_policies
+from report import describe, print_policies
 from rewards import moral_accuracy, moral_regrets, reward_array
 from runs import RunFolder
 
@@ -105,7 +105,8 @@ def train(args, agents, opponent, folder, state, stop):
             accuracies.append(moral_accuracy(reward, players[i], views[i], *settings))
         last_phase_began = max(args.switch, default=0) <= start - args.batch
         if args.until and last_phase_began and min(accuracies) >= args.until:
-            progress.set_description("learned")
+            progress.close()
+            print(f"Learned after {update} of {len(starts)} updates.")
             break
 
         # Play all episodes at once by indexing these probabilities.
@@ -171,8 +172,12 @@ def run(args, path):
         except KeyboardInterrupt:
             print(f"Stopped; to continue:  {resume}", file=sys.stderr)
             raise SystemExit(130) from None
+        # Did it learn a word? Asked before --merge unwraps the model.
+        own = first_condition(*choices(args))
+        swapped = agents[0].probabilities(own._replace(names=own.names[::-1]))
         seconds = folder.finish(agents, before, after, args.merge)
     print_policies(before, after)
+    print("With the two action names in each other's role: " + describe(swapped))
     game = " ".join(["", "--payoffs", *map(str, args.payoffs)]) if args.payoffs else ""
     print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{game}")
 

@@ -116,6 +116,7 @@ def main(argv=None):
         with user_error("--json", OSError):
             write_json(args.json, results)
     with printing():
+        print("C is {}, D is {} (--actions); the other role may differ.".format(*args.actions))
         print_society(results, game_name(games_from(args)[0]), args.rounds)
 
 

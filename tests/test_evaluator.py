@@ -135,16 +135,16 @@ def test_both_roles_and_the_warning(run, tmp_path, capsys):
     printed, [agent] = capsys.readouterr().out, read_json(path)["runs"]
     parts = [agent[part]["ipd"] for part in ("games", "swapped")]
     legal = [[p["policy"][s] / (1 - p["illegal"][s]) for s in STATES] for p in parts]
-    assert np.mean(legal[0]) - np.mean(legal[1]) > 0.2 and "prefers the word action3" in printed
+    assert np.mean(legal[0]) - np.mean(legal[1]) > 0.2 and "leans to the word action3" in printed
     swapped = ["--actions", "action4", "action3", "--overwrite", "--json", str(path)]
     evaluate.main([str(run), "--game", "ipd", *swapped])
     assert read_json(path)["runs"][0]["games"] == agent["swapped"]
-    assert "prefers the word action3" in capsys.readouterr().out
+    assert "leans to the word action3" in capsys.readouterr().out
     # An agent whose training had these names in both roles is not tested twice.
     known = copy_run(run, tmp_path / "known", actions=["action3", "moon", "action4"])
     evaluate.main([str(known), "--game", "ipd", *swapped])
     assert "swapped" not in read_json(path)["runs"][0]
-    assert "prefers the word" not in capsys.readouterr().out
+    assert "leans to the word" not in capsys.readouterr().out
 
 
 def test_answers_are_shown(run, tmp_path, capsys):
