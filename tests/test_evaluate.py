@@ -282,8 +282,8 @@ def test_what_is_new_at_test_is_not_in_the_built_in_names():
     "names, strangers",
     [
         ("action1 action2", None),
-        ("action5 action6", "the agents of action1 action2 (--actions)"),
-        ("action3 action4", "the agents of action1 action2 and random (--actions)"),
+        ("action5 action6", "others: action1 action2 (--actions)"),
+        ("action3 action4", "others: action1 action2, random (--actions)"),
     ],
 )
 def test_says_when_the_names_are_not_those_of_training(names, strangers, run, tmp_path, capsys):
@@ -291,7 +291,7 @@ def test_says_when_the_names_are_not_those_of_training(names, strangers, run, tm
     many = copy_run(run, tmp_path / "many", actions=["random"])
     evaluate.main([str(run), str(many), "--game", "ipd", "--actions", *names.split()])
     printed = capsys.readouterr().out
-    assert ("not the names of training" in printed) == (strangers is not None)
+    assert ("names of training were others" in printed) == (strangers is not None)
     assert strangers is None or strangers in printed
 
 
