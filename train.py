@@ -104,7 +104,7 @@ def train(args, agents, opponent, folder, state, stop):
             settings = args.xi, replies(players[1 - i]), args.moral_weight
             accuracies.append(moral_accuracy(reward, players[i], views[i], *settings))
         last_phase_began = max(args.switch, default=0) <= start - args.batch
-        if args.until and last_phase_began and min(accuracies) >= args.until:
+        if args.until and last_phase_began and min(accuracies) > args.until:
             progress.close()
             print(f"Learned after {update} of {len(starts)} updates.")
             break
