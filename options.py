@@ -84,9 +84,7 @@ def train_parser(description):
     option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
     option("--episodes", "how many games are played in all", type=count)
     option("--batch", "episodes per update", type=count)
-    help = (
-        "stop once the better action has more than this probability, a mean over states; 1: never"
-    )
+    help = "stop once the better action has more than this mean probability; 1: never"
     option("--until", help, type=number(float, 0, 1, above=True), metavar="ACCURACY")
     option("--rounds", "rounds per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=non_negative, default=3.0)
