@@ -167,7 +167,7 @@ def test_disk_full(whole, tmp_path):
 
 def test_not_finite_ends_the_run_with_the_last_good_state(tmp_path, capsys):
     options = [*SHORT, "--lr", "1e30", "--episodes", "64", "--save-every", "1"]
-    with refused(capsys, "--lr", "finite", "good state is in"):
+    with refused(capsys, "--lr", "finite", "lower it and start again"):
         run_training(tmp_path / "run", *options)
     tensors = load_file(tmp_path / "run" / STATE)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
@@ -329,3 +329,21 @@ def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alon
     settings = {key: value for key, value in read_config(run).items() if key != "versions"}
     folder = RunFolder(tmp_path, settings, [agent.learner for agent in agents])
     assert folder.load_state(run)["updates"] >= 2, errors
+
+
+def test_two_processes_finish_a_run_that_was_stopped_between_two_states(tmp_path, monkeypatch):
+    """The second one has no state in its folder then."""
+    run, log = tmp_path / "run", RunFolder.log
+
+    def log_and_stop(self, row):
+        log(self, row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "log", log_and_stop)
+    with pytest.raises(SystemExit):
+        run_training(run, *SHARED, "--save-every", "2", "--episodes", "16")
+    monkeypatch.undo()
+    process = start_training("--resume", str(run), processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (run / "result.json").exists() and not (run / STATE).exists()
