@@ -19,6 +19,7 @@ import paper
 import society
 import transfer
 from envs import STATES, STRATEGIES, frequencies, memory_one, payoff_matrix, play, random_game
+from evaluator import Evaluator
 from models import encode
 from options import parse_train
 from policy import Policy
@@ -197,7 +198,27 @@ def test_own_prompt_and_persona_change_the_text(run, tmp_path, capsys):
     assert "you never harm someone" in printed
 
 
+def test_a_free_answer_is_sampled_behind_the_policys_own_prompts(run, tmp_path, monkeypatch):
+    generate, asked = ask.generate, []
+
+    def generate_and_note(evaluator, which, tokens, **settings):
+        asked.append(tokens)
+        return generate(evaluator, which, tokens, **settings)
+
+    monkeypatch.setattr(ask, "generate", generate_and_note)
+    ask.main([str(run), "--sampling", "free", "--actions", "moon", "river"])
+    evaluator = Evaluator(read_json(run / "config.json"))
+    prompts, _ = evaluator.tokens(Condition("ipd", ("moon", "river")))
+    assert asked[0] == asked[3] == prompts[::4]  # of the untuned model and of the run
+
+
 # ---------------------------------------------------------------------------------------- transfer
+
+
+def test_a_run_on_a_game_of_its_own_is_tested_on_it(run, tmp_path):
+    points = [3, 3, 0, 5, 5, 0, 1, 1]
+    config = read_json(copy_run(run, tmp_path / "own", payoffs=points) / "config.json")
+    assert payoff_matrix(transfer.training_condition(config).game)[0, 1].tolist() == [0, 5]
 
 
 def test_transfer(run, tiny, tmp_path, capsys, monkeypatch):

@@ -425,11 +425,21 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     assert frozen.shape == (4, 4, 3)
 
 
-def test_a_start_of_another_rank_is_refused(runs, capsys, tmp_path):
-    options = ["--reward", "game", "--init", str(runs / "a"), "--rank", "3"]
+@pytest.mark.parametrize("other", ["--rank 3", "--targets q_proj"])
+def test_a_start_of_another_shape_is_refused(other, runs, capsys, tmp_path):
+    options = ["--reward", "game", "--init", str(runs / "a"), *other.split()]
     with refused(capsys, "--init", "--rank 8 --alpha 16"):
         run_training(tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", ["action1 action2", "action2 action1"])
+def test_says_what_it_does_when_the_names_change_places(names, tmp_path, capsys):
+    options = ["--reward", "utilitarian", "--episodes", "1280", "--actions", *names.split()]
+    run_training(tmp_path / "run", *options)
+    own, other = capsys.readouterr().out.split("In a word: ")[1].splitlines()[:2]
+    assert own.endswith("-> always cooperate")
+    assert other == "With the two action names in each other's role: always defect"
 
 
 # --------------------------------------------------------------------------------------- bad input
