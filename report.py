@@ -169,7 +169,7 @@ def print_results(results):
     for group in groups[1:]:
         print_roles(group, results["actions"])
     print_answers(groups)
-    print_drift(groups, width)
+    print_drift(groups, width, results["runs"][0]["model"])
     for group in groups:
         if "axes" in group:
             print(f"\n{group['name']}, one thing varied at a time, {next(iter(group['games']))}")
@@ -230,9 +230,11 @@ def print_answers(groups):
             print(f"  {answer['text']!r:34}{answer['mean']:6.3f}   {states}")
 
 
-def print_drift(groups, width):
+def print_drift(groups, width, model):
     """What training did to the model beside the game."""
     print("\nBeside the game (a model that is as it was: KL 0, perplexity x 1):")
+    if model == "tiny":
+        print("(the embedded model knows no prose: of it only the last figure tells something)")
     for group in groups[1:]:
         drift = {key: show(leaf) for key, leaf in group["drift"].items()}
         print(
