@@ -136,13 +136,14 @@ class Evaluator:
         return said
 
     @torch.no_grad()
-    def drift(self, run, names):
+    def drift(self, run, pair):
         """What training did to the model beside the game: dict of floats.
 
-        names:      the action names of training
+        pair: two action names of training
+
         kl:         KL(base || tuned) per token of prose, nats
         perplexity: of the tuned model there, over that of the base
-        names, names_untuned: probability of answering with one of the names to UNRELATED prompts,
+        names, names_untuned: probability of answering with one of the pair to UNRELATED prompts,
                     of the tuned model and of the base
         """
         self.load(run)
@@ -161,7 +162,7 @@ class Evaluator:
             count += len(chunk) - 1
         answered = []
         for wording in UNRELATED:
-            condition = Condition(names=tuple(names), wording=wording)
+            condition = Condition(names=tuple(pair), wording=wording)
             tables = [self.table(which, condition, free=True) for which in (run, None)]
             answered.append([table[:, :ILLEGAL].sum(axis=1).mean() for table in tables])
         tuned, untuned = np.mean(answered, axis=0).tolist()
