@@ -6,24 +6,19 @@ Evaluator    .player   the policy of a run, or of the untuned model, in any cond
 likely_texts the search behind .answers
 """
 
-import hashlib
 import heapq
-import json
 import math
-import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from envs import ILLEGAL, ORDERS, STATES, as_player
 from lora import adapter, base_fingerprint, load_adapter
 from models import ModelError, encode, ending_tokens, load_model
 from policy import Policy
 from prompts import Condition, build_prompts
-from runs import write_json
 from trie import Trie
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +58,6 @@ class Evaluator:
         # All runs meet all conditions, and some more than once.
         self.policy = lru_cache(maxsize=None)(self.build_policy)
         self.table = lru_cache(maxsize=None)(self.compute_table)
-        self.known = KnownResults(f"{base}-{how_computed(self.model)}")
         for run in runs:
             self.load(run)
 
@@ -78,16 +72,14 @@ class Evaluator:
             raise ConditionError(str(error)) from error
 
     def build_policy(self, condition, second=False, free=None):
-        """(Policy, the key of its table) for the prompts of a Condition."""
+        """The Policy for the prompts of a Condition."""
         free = self.free if free is None else free
         endings = self.endings if free else ()
         prompts, answers = self.tokens(condition, second)
         try:
-            policy = Policy(self.model, "agent", prompts, answers, free, endings=endings)
+            return Policy(self.model, "agent", prompts, answers, free, endings=endings)
         except ValueError as error:
             raise ConditionError(str(error)) from error
-        content = json.dumps([prompts, answers, free, list(endings)])
-        return policy, hashlib.sha256(content.encode()).hexdigest()
 
     def load(self, run):
         """Take the adapter of a run folder. Raises OSError or ValueError."""
@@ -97,10 +89,9 @@ class Evaluator:
 
     def compute_table(self, run, condition, second=False, free=None):
         """Probabilities [prompt, outcome] of a run's agent, or (None) of the untuned model."""
-        policy, key = self.policy(condition, second, free)
+        policy = self.policy(condition, second, free)
         if run is None:
-            untuned = self.known.get(key, lambda: policy.probabilities(reference=True).tolist())
-            return np.array(untuned)
+            return policy.probabilities(reference=True)
         self.load(run)
         return policy.probabilities()
 
@@ -116,18 +107,12 @@ class Evaluator:
 
         A list of {"text", "mean", "states": {state: probability}}, see `likely_texts`.
         """
-        if run is None:
-            _, key = self.policy(condition)
-            return self.known.get(f"{key}, {count} answers", lambda: self.said(condition, count))
-        self.load(run)
-        with adapter(self.model, "agent"):
-            return self.said(condition, count)
-
-    def said(self, condition, count):
-        """`answers` of the model as it is."""
+        if run is not None:
+            self.load(run)
         prompts, names = self.tokens(condition)
         length, stops = max(map(len, names)) + 1, set(self.tokenizer.all_special_ids)
-        found = likely_texts(self.model, prompts[::ORDERS], length, stops, count)
+        with adapter(self.model, None if run is None else "agent"):
+            found = likely_texts(self.model, prompts[::ORDERS], length, stops, count)
         said = []
         for tokens, probabilities in found:
             states = dict(zip(STATES, probabilities.tolist()))
@@ -172,41 +157,6 @@ class Evaluator:
             "names": tuned,
             "names_untuned": untuned,
         }
-
-
-def how_computed(model):
-    """A few characters that change with all but the weights on which a model's results depend."""
-    parts = [model.config.to_json_string(), model.dtype, model.device.type]
-    parts += [torch.__version__, transformers.__version__]
-    for script in ("trie.py", "policy.py", "evaluator.py"):
-        parts.append((HERE / script).read_text(encoding="utf-8"))
-    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
-
-
-class KnownResults:
-    """What an earlier evaluation has computed of an untuned model, in the user's cache.
-
-    name: depends on the model's weights and on how results are computed
-    """
-
-    def __init__(self, name):
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.path = Path(cache) / "moral-alignment" / f"{name}.json"
-        try:
-            self.results = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or no longer whole: it can be computed anew
-            self.results = {}
-
-    def get(self, key, compute):
-        """The result of this key, whatever JSON keeps; computed where it is not known."""
-        if key not in self.results:
-            self.results[key] = compute()
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.path, self.results)
-            except OSError:
-                self.path = Path(os.devnull)  # a home that cannot be written: only slower
-        return self.results[key]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from envs import GAMES, STRATEGIES, memory_one, own_game
 from program import number, program_parser, user_error
 from prompts import LAYOUTS, NAMES, TEMPLATES, action_names, check_names
 from rewards import REWARDS
-from runs import check_out, read_config
+from runs import check_out, check_written, read_config
 
 # Settings of the embedded model, of any other one, and the paper's (--paper, for any model).
 # None on the command line means: take them from here; None here means never.
@@ -137,7 +137,7 @@ def parse_train(description, argv=None):
     args = parser.parse_args(argv)
     resume = args.resume
     if resume:
-        with user_error("--resume"):
+        with user_error("--resume", ValueError, OSError):
             words = resumed_options(resume, sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(words)
         args.resume = args.out = resume
@@ -275,11 +275,12 @@ def resumed_options(run, argv):
     """The command line of an interrupted run, from its config.json.
 
     argv: what was typed, which may have nothing beside --resume
-    Raises ValueError where the run cannot be continued.
+    Raises ValueError or OSError where the run cannot be continued.
     """
     typed = {word.split("=")[0] for word in argv if word.startswith("--")}
     if typed != {"--resume"}:
         raise ValueError("it takes all settings from the run: leave the other options out")
+    check_written(run)
     if (run / "result.json").exists():
         raise ValueError(f"{run} is finished")
     words = []

@@ -2,6 +2,7 @@
 
 program_parser, number   its command line
 user_error, check_free   bad input: one line on stderr and exit code 2, nothing overwritten
+check_replaceable        only regular files are replaced
 printing                 to a pipe that may close
 stop_signals             Ctrl-C, or a batch system's SIGTERM
 processes                several of them, started by torchrun
@@ -83,18 +84,39 @@ def user_error(option, *errors, hint=""):
         raise SystemExit(2) from None
 
 
+def beside(path):
+    """Where a file is written before it is renamed to `path`."""
+    return Path(f"{path}.tmp")
+
+
+def check_replaceable(path, folder=False):
+    """Raise OSError where anything but a regular file (or, if that is meant, a folder) is in place.
+
+    A file that is renamed to a device, a FIFO or a link takes its place, also that of /dev/null;
+    one that is written beside would follow a link there, or wait for a reader.
+    """
+    for place in (path,) if folder else (path, beside(path)):
+        link, right = place.is_symlink(), place.is_dir() if folder else place.is_file()
+        if link or (place.exists() and not right):
+            kind = "a link" if link else "no folder" if folder else "no regular file"
+            raise OSError(f"{place} is {kind}: nothing is put in its place")
+
+
 def check_free(option, path, overwrite, folder=False):
     """Refuse, before any work, to replace a file that nobody said may be replaced.
 
-    Or to write where that is impossible. folder: `path` is one, and is made
+    Or what is no regular file, or to write where that is impossible. folder: `path` is one, and is
+    made
     """
     with user_error(option, ValueError, OSError):
         if folder:
             path.mkdir(parents=True, exist_ok=True)
-        elif path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: choose another place, or give --overwrite")
+        else:
+            check_replaceable(path)
+            if path.exists() and not overwrite:
+                raise ValueError(f"{path} exists: choose another place, or give --overwrite")
         place = path if folder else path.parent
-        if not (place.is_dir() and os.access(place, os.W_OK)) or path.is_dir() != folder:
+        if not (place.is_dir() and os.access(place, os.W_OK)):
             raise ValueError(f"{path} cannot be written: choose another place")
 
 

@@ -23,7 +23,7 @@ import time
 from contextlib import contextmanager
 
 from envs import ILLEGAL, C, by_state
-from program import is_first
+from program import beside, check_replaceable, is_first
 
 WRITTEN = (
     "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
@@ -57,16 +57,20 @@ def config_on(model, run):
     return config
 
 
+def check_written(out):
+    """Raise OSError where something in a folder is not what training could have written there."""
+    for name in WRITTEN:
+        check_replaceable(out / name, folder=name in ("opponent", "merged"))
+
+
 def check_out(out, overwrite):
-    """Raise ValueError unless `out` is free, or a run folder that may be replaced."""
+    """Raise ValueError or OSError unless `out` is free, or a run folder that may be replaced."""
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another folder, or give --overwrite to replace it")
+    check_written(out)  # before any of it is read: a FIFO would never end
     ours = {LOCK, "config.json.tmp"}  # what is left where a run could not even begin
     if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= ours):
         read_config(out)
-    for name in WRITTEN:
-        if (out / name).is_symlink():
-            raise ValueError(f"{out / name} is a link: take it away, what it leads to stays")
 
 
 def load_value_head(value_head, folder):
@@ -82,15 +86,18 @@ def load_value_head(value_head, folder):
 
 @contextmanager
 def replacing(path):
-    """A path beside `path`, renamed to it at the end of the block: a whole file, or none."""
-    beside = path.with_name(path.name + ".tmp")
-    yield beside
-    beside.replace(path)
+    """A path beside `path`, renamed to it at the end of the block: a whole file, or none.
+
+    Raises OSError where it is not a regular file that would be replaced.
+    """
+    check_replaceable(path)
+    yield beside(path)
+    beside(path).replace(path)
 
 
 def write_json(path, content):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class RunFolder:
@@ -146,7 +153,7 @@ class RunFolder:
         """
         for name in WRITTEN:
             path = self.path / name
-            path.with_name(f"{name}.tmp").unlink(missing_ok=True)
+            beside(path).unlink(missing_ok=True)
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -191,8 +198,8 @@ class RunFolder:
             "before": [player.tolist() for player in before],
             "seconds": self.seconds,
         }
-        with replacing(self.path / "state.safetensors") as beside:
-            write_tensors(beside, tensors, {"json": json.dumps(content, allow_nan=False)})
+        with replacing(self.path / "state.safetensors") as new:
+            write_tensors(new, tensors, {"json": json.dumps(content, allow_nan=False)})
 
     def load_state(self, source):
         """Put the learners where the state in the folder `source` was, cut metrics.csv to it.
@@ -225,8 +232,8 @@ class RunFolder:
             raise ValueError(f"{error.filename or path} is not there") from None
         except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"cannot continue from {path}: {error}") from None
-        with replacing(self.path / "metrics.csv") as beside:
-            beside.write_text("".join(lines), encoding="utf-8")
+        with replacing(self.path / "metrics.csv") as new:
+            new.write_text("".join(lines), encoding="utf-8")
         self.earlier_seconds = state["seconds"]
         return state
 

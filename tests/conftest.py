@@ -2,15 +2,12 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # A hub name must fail at once here, not after the retries of a machine without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tables of untuned models are computed here, not taken from what a user has.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 # The tests run in two processes: one thread each, also in the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
 

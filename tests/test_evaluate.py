@@ -1,6 +1,8 @@
 """Exact frequencies and regrets, against sampled games and values derived by hand; many runs."""
 
+import os
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -361,6 +363,37 @@ def test_bad_input(options, word, run, bad, capsys):
     with refused(capsys, word):
         evaluate.main(options.format(run=run, bad=bad).split())
     assert (bad / "notes.json").read_text() == (bad / "regret.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.json.tmp"])
+@pytest.mark.parametrize("kind", ["link", "no regular file"])
+def test_results_replace_regular_files_only(kind, name, run, tmp_path, capsys):
+    """Neither what stands where they go is replaced, nor what stands where they are written."""
+    mine, place = tmp_path / "mine", tmp_path / name
+    mine.write_text("mine")
+    if kind == "link":
+        place.symlink_to(mine)
+    else:
+        os.mkfifo(place)
+    before = place.lstat()
+    with refused(capsys, "--json", name, kind):
+        evaluate.main([str(run), "--json", str(tmp_path / "results.json"), "--overwrite"])
+    after = place.lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert mine.read_text() == "mine" and {*os.listdir(tmp_path)} == {"mine", name}
+
+
+def test_without_a_home(run, tmp_path, monkeypatch):
+    """As in a container whose user has no entry in passwd: nothing is kept there."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    path = tmp_path / "results.json"
+    evaluate.main([str(run), "--game", "ipd", "--answers", "1", "--json", str(path)])
+    assert len(read_json(path)["baseline"]["answers"]) == 1
 
 
 def test_pictures_need_matplotlib(run, tmp_path, capsys, monkeypatch):

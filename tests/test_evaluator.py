@@ -1,4 +1,4 @@
-"""What an agent says: top answers against enumeration, legality against sampling, known tables."""
+"""What an agent says: top answers against enumeration, legality against sampling."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import evaluate
 import evaluator as evaluators
 from conftest import copy_run, read_json, run_training
 from envs import ILLEGAL, ORDERS, STATES
-from evaluator import Evaluator, KnownResults, likely_texts
+from evaluator import Evaluator, likely_texts
 from prompts import Condition
 
 CONFIG = {"model": "tiny", "dtype": "float32", "sampling": "free"}
@@ -94,31 +94,6 @@ def test_strict_is_never_more_than_prefix(evaluator):
     strict = Evaluator(CONFIG, legal="strict").table(None, Condition())
     prefix = evaluator.table(None, Condition())
     assert (strict[:, :ILLEGAL] <= prefix[:, :ILLEGAL] + 1e-9).all()
-
-
-def test_known_results(tmp_path, monkeypatch):
-    """The second evaluation takes the untuned model's tables from the first one's file."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = Evaluator(CONFIG).table(None, Condition())
-    again = Evaluator(CONFIG)
-    monkeypatch.setattr(evaluators.Policy, "probabilities", lambda *_, **__: pytest.fail("anew"))
-    assert (again.table(None, Condition()) == first).all()
-    # Other prompts, another kind of sampling: not known.
-    with pytest.raises(pytest.fail.Exception):
-        again.table(None, Condition("chicken"))
-    with pytest.raises(pytest.fail.Exception):
-        again.table(None, Condition(), free=False)
-
-
-def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("not a folder")
-    assert KnownResults("name").get("key", lambda: [1, 2]) == [1, 2]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "moral-alignment").mkdir()
-    (tmp_path / "moral-alignment" / "name.json").write_text("{", encoding="utf-8")
-    assert KnownResults("name").get("key", lambda: [1, 2]) == [1, 2]
-    assert KnownResults("name").get("key", lambda: pytest.fail("anew")) == [1, 2]
 
 
 @pytest.fixture(scope="module")

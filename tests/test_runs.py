@@ -26,7 +26,7 @@ from conftest import (
 )
 from options import parse_train, run_settings
 from program import processes, stop_signals
-from runs import LOCK, RunFolder, read_config, write_json
+from runs import LOCK, RunFolder, read_config, replacing, write_json
 
 OPTIONS = (
     "--reward game --then utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
@@ -211,6 +211,30 @@ def test_damaged_states_are_refused_and_kept(damage, words, whole, tmp_path, cap
     with refused(capsys, *words):
         train.main(["--resume", str(run)])
     assert files(run) == before
+
+
+@pytest.mark.parametrize("name", [STATE, "config.json", f"{STATE}.tmp"])
+@pytest.mark.parametrize("kind", ["link", "no regular file"])
+def test_a_run_folder_with_what_is_no_regular_file_is_refused(kind, name, whole, tmp_path, capsys):
+    """Before it is read, which would wait for ever at a FIFO."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(whole / "state1", run)
+    mine.write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    if kind == "link":
+        (run / name).symlink_to(mine)
+    else:
+        os.mkfifo(run / name)
+    before = (run / name).lstat()
+    with refused(capsys, "--resume", name, kind):
+        train.main(["--resume", str(run)])
+    with refused(capsys, "--out", name, kind):
+        run_training(run, *SHORT, "--overwrite")
+    with pytest.raises(OSError, match=kind), replacing(run / name.removesuffix(".tmp")):
+        pytest.fail("written")
+    after = (run / name).lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert mine.read_text() == "mine"
 
 
 def test_resume_takes_no_other_option(whole, capsys):
