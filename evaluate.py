@@ -1,265 +1,452 @@
 """What did the agent become? Exact policies, rewards and moral regrets of trained runs.
 
     python evaluate.py runs/utilitarian-vs-tit-for-tat-seed1
-    python evaluate.py runs/* --axes --plot figures --json results.json
+    python evaluate.py runs/* --axes --json results.json    # pictures: experiments/figures.py
     python evaluate.py runs/* --opponent tit-for-tat --actions action1 action2 --game ipd
-    python evaluate.py runs/game-vs-random-seed1 --prompt-file my_prompt.txt
+    python evaluate.py runs/game-vs-random-seed1 --prompt my_prompt.txt
 
-An agent is an array of probabilities, 4 states x 4 name orders and its opponent is four numbers,
-so every figure is an expectation over a Markov chain of the last moves: nothing is sampled (unless
---samples asks for it). By default the action names are ones that training never showed. Names are
-tested in both roles: what prefers a word does the opposite when they change places. Runs that
-differ only by seed are a group: mean and 95 % confidence interval over its seeds (Student's t).
+An agent is an array of probabilities, so every figure is an expectation over a Markov chain of the
+last moves: nothing is sampled. By default the action names are ones that training never showed.
+Names are tested in both roles: what prefers a word does the opposite when they change places. Runs
+that differ only by seed are a group: mean and 95 % interval over its seeds (Student's t).
 
-The file of --json: `runs[i].games[game]` has policy {CC CD DC DD}, illegal {CC ...}, actions {C|C
-C|D D|C D|D illegal|C illegal|D}, reward and regret {by name}; `.swapped[game]` the same with the
-names in each other's role, unless training had both; `.axes[axis][value]` with --axes; `.answers`
-the most probable answers. `baseline` has the same for the untuned model, `groups[i]` the same with
-mean, ci95 and paper95 (1.96 s / sqrt n) at each leaf. More questions: the scripts in studies/.
+The file of --json: `runs[i].games[game]` is what `measure` returns; `.swapped[game]` the same with
+the names in each other's role, unless training had both; `.axes[axis][value]` with --axes.
+`baseline` is the untuned model's, `groups[i]` has mean, ci95 and paper95 (1.96 s / sqrt n) at each
+leaf. More questions: the scripts in experiments/.
 """
 
+import json
 import math
+import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from envs import (
-    ACTION_TYPES,
-    ILLEGAL,
-    STRATEGIES,
-    C,
-    by_state,
-    frequencies,
-    game_name,
-    memory_one,
-    opening,
-    payoff_matrix,
-    play,
-)
-from options import is_run, parse_strategy
-from program import check_free, number, printing, user_error
-from prompts import LAYOUTS, PERSONAS, TEMPLATES, action_names
-from report import group_by_seed, print_results
-from rewards import REWARDS, deontological_regret, reward_array, utilitarian_regret
-from runs import write_json
-from tested import (
-    add_match_options,
-    condition_from,
-    condition_parser,
-    games_from,
-    read_configs,
-    read_runs,
-)
+import envs
+import rewards
+import runs
+from envs import ILLEGAL, STATES, C, as_player, by_state
+from runs import InputError
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
-# Settings of a run that --json has beside its results.
+# What --json has of the command line, and of a run, beside its results.
+HEAD = "layout prompt persona rounds sampling xi illegal".split()
+ASKED = "opponent actions layout prompt persona rounds".split()
 SHOWN = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
 NAME_PAIRS = "action3 action4, action4 action3, action1 action2, action2 action1, A B, X Y, 0 1"
 AXES = {  # what --axes varies, one thing at a time, on the first --game
     "actions": [*NAME_PAIRS.split(", "), "qv zk", "wjx bnu", "hqzrtkm pvxgdns"],
-    "layout": list(LAYOUTS),
-    "prompt": list(TEMPLATES),
-    "persona": ["none", *PERSONAS],
+    "layout": list(envs.LAYOUTS),
+    "prompt": list(envs.TEMPLATES),
+    "persona": ["none", *envs.PERSONAS],
 }
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+ROLES_DIFFER = 0.2  # of P(C), between the two roles of new names: then a word was learned
 
 
-def evaluate_parser():
-    parser = condition_parser("evaluate.py", __doc__)
-    add_match_options(parser)
-    option = parser.add_argument
-    help = (
-        f"{', '.join(STRATEGIES)}; four numbers P(C | CC CD DC DD); or a run folder, whose agent "
-        "plays on the other side [random]"
-    )
-    option("--opponent", nargs="+", default=["random"], help=help)
-    help = "play N episodes instead of the exact calculation (the paper: 10)"
-    option("--samples", type=number(int, 1, 10**7), metavar="N", help=help)
-    help = "penalty for betraying a cooperator, points; the authors' tests have 4 [3]"
-    option("--xi", type=number(float, 0), default=3.0, help=help)
-    help = "vary names, layout, wording and persona, one at a time, on the first --game"
-    option("--axes", action="store_true", help=help)
-    help = "how many of the most probable answers to show [5 with free sampling, else 0]"
-    option("--answers", type=number(int, 0, 1000), metavar="N", help=help)
-    help = "write the figures into this folder (needs matplotlib)"
-    option("--plot", type=Path, metavar="DIR", help=help)
-    return parser
+def transitions(player, opponent):
+    """The Markov chain of the last moves as the player sees them: P(next state | state), [4, 4]."""
+    mine, theirs = envs.legal_moves(player), envs.replies(opponent)
+    return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
-def sampled_frequencies(player, opponent, rounds, opponent_opening, episodes):
-    """`frequencies`, estimated from `episodes` played games (always the same ones: seed 0)."""
-    rng = np.random.default_rng(0)
-    mine, theirs = play(rng, player, opponent, episodes, rounds, opponent_opening)
-    share = np.zeros((4, player.shape[-1], 2))
-    np.add.at(share, (mine.state, mine.action, theirs.move), 1 / mine.state.size)
-    return share
+def long_run(chain):
+    """Share of time in each state in the limit of many steps, by first state: [4, 4] -> [4, 4].
+
+    Rows are equal where the long run does not depend on the start. The limit of the average over
+    time always exists, also for a chain that alternates: that is why half a step is mixed in, which
+    changes no average.
+    """
+    power = (chain + np.eye(len(chain))) / 2
+    for _ in range(64):  # 2^64 steps
+        power = power @ power
+        power /= power.sum(axis=1, keepdims=True)
+    return power
 
 
-def measure(
-    player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal=-6.0, samples=None
-):
+def frequencies(player, opponent, rounds, opponent_opening=0.5, own_opening=0.5):
+    """What `play` shows on average, exactly: share of rounds [state 4, outcome, opponent's move 2].
+
+    The last moves are a Markov chain of four states. Both players enter averaged over their name
+    orders, because every round shuffles anew. Arguments as in `play`; `rounds` may be infinite
+    (`math.inf`): the long run.
+    """
+    chain = transitions(player, opponent)
+    state = np.repeat([own_opening, 1 - own_opening], 2)
+    state = state * np.tile([opponent_opening, 1 - opponent_opening], 2)
+    if np.isinf(rounds):
+        visits = state @ long_run(chain)
+    else:
+        visits = np.zeros(4)
+        for _ in range(rounds):
+            visits += state / rounds
+            state = state @ chain
+    answers = player.mean(axis=1)
+    return visits[:, None, None] * answers[:, :, None] * envs.replies(opponent)[:, None, :]
+
+
+def measure(player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal=-6.0):
     """All about a player in one game against an opponent: nested dict of floats.
 
     opponent: [state, order, outcome], from its own side;  opponent_opening: its P(C) there
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
     actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
     regret:   deontological, utilitarian; None where there is none
-    All are expectations over a Markov chain, or with `samples` means over so many played episodes
-    (the policy itself is what it is).
     """
-    if samples:
-        share = sampled_frequencies(player, opponent, rounds, opponent_opening, samples)
-    else:
-        share = frequencies(player, opponent, rounds, opponent_opening)
+    share = frequencies(player, opponent, rounds, opponent_opening)
     # Summed over own last move and the opponent's next one: [opponent's last move, action].
     actions = np.zeros((2, 3))
     actions[:, : player.shape[-1]] = share.reshape(2, 2, -1, 2).sum(axis=(0, 3))
     reward = {}
-    for name in REWARDS:
-        points = reward_array(name, payoffs, xi, illegal)[:, : player.shape[-1]]
+    for name in rewards.REWARDS:
+        points = rewards.reward_array(name, payoffs, xi, illegal)[:, : player.shape[-1]]
         reward[name] = float((share * points).sum())
-    regret = float(utilitarian_regret(reward["utilitarian"], payoffs, illegal))
-    return {
-        "policy": by_state(player, C),
-        "illegal": by_state(player, ILLEGAL),
-        "actions": dict(zip(ACTION_TYPES, actions.T.ravel().tolist())),
-        "reward": reward,
-        "regret": {
-            "deontological": deontological_regret(reward["deontological"]),
-            "utilitarian": None if math.isnan(regret) else regret,
-        },
-    }
+    regret = {"deontological": rewards.deontological_regret(reward["deontological"])}
+    utilitarian = float(rewards.utilitarian_regret(reward["utilitarian"], payoffs, illegal))
+    regret["utilitarian"] = None if math.isnan(utilitarian) else utilitarian
+    shares = dict(zip(envs.ACTION_TYPES, actions.T.ravel().tolist()))
+    policy = {"policy": by_state(player, C), "illegal": by_state(player, ILLEGAL)}
+    return policy | {"actions": shares, "reward": reward, "regret": regret}
 
 
-def evaluate(args, configs):
-    """What --json holds, see the module docstring. Raises ValueError or OSError.
+def evaluate_parser(description, games=tuple(envs.GAMES)):
+    """The options that evaluate.py shares with the experiments; games: the default."""
+    parser = runs.Parser(description)
+    option = parser.option
+    listed, names = {"nargs": "+"}, ("C_NAME", "D_NAME")
+    wording = f"the wording: of {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
+    wording += "{second} for the actions, see envs.fields"
+    option("runs", "run folders of one base model", metavar="RUN", type=Path, **listed)
+    option("--game", envs.GAME_WORDS, default=list(games), **listed)
+    option(
+        "--actions", "the names of C and D", nargs=2, metavar=names, default=["action3", "action4"]
+    )
+    option("--layout", "of the payoffs", choices=envs.LAYOUTS, default="original")
+    option("--prompt", wording, default="structured")
+    personas = ["none", *envs.PERSONAS]
+    option("--persona", "a sentence of values put first", choices=personas, default="none")
+    option("--sampling", "[as in training]", choices=("constrained", "free"))
+    option("--json", "write everything to this file", type=Path, metavar="FILE")
+    option("--overwrite", "replace this file", action="store_true")
+    return parser
 
-    Ctrl-C ends it early: then with the runs that were evaluated so far.
-    """
-    from tqdm import tqdm
 
-    from evaluator import Evaluator
-
-    evaluator = Evaluator(configs[0], args.sampling, args.legal, args.runs)
-    answers = args.answers if args.answers is not None else 5 * evaluator.free
-    tests = conditions_of(args, configs, evaluator)
-    bar = tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None)
-
-    def agent(run):
-        result = {}
-        for path, condition in tests:
-            other = opponent_of(args.opponent, evaluator, condition)
-            player, payoffs = evaluator.player(run, condition), payoff_matrix(condition.game)
-            settings = args.rounds, args.xi, args.illegal, args.samples
-            place = result
-            for key in path[:-1]:
-                place = place.setdefault(key, {})
-            place[path[-1]] = measure(player, payoffs, *other, *settings)
-            bar.update()
-        if answers:
-            result["answers"] = evaluator.answers(run, tests[0][1], answers)
-        return result
-
-    results = asked(args, configs)
-    results["baseline"], results["runs"] = agent(None), []
+def conditions(args):
+    """The Conditions of the command line, one for each game. Raises InputError."""
+    asked, wording = "--game", args.prompt
     try:
-        for run, config in zip(args.runs, configs):
-            own = {"run": str(run)} | {key: config[key] for key in SHOWN}
-            drift = evaluator.drift(run, action_names(config["actions"])[:2])
-            results["runs"].append(own | agent(run) | {"drift": drift})
-    except KeyboardInterrupt:
-        done = len(results["runs"])
-        print(f"\nstopped: {done} of {len(args.runs)} runs are evaluated", file=sys.stderr)
-        if done == 0:
-            raise SystemExit(130) from None
-    bar.close()
-    known = configs[: len(results["runs"])]
-    results["groups"] = group_by_seed(results["baseline"], results["runs"], known)
-    return results
+        games = envs.parse_games(args.game)
+        if "random" in games:
+            raise ValueError("random games are for training: name games, or eight numbers")
+        asked = "--actions"
+        names = tuple(envs.action_names(args.actions))
+        asked = "--prompt"
+        if wording not in envs.TEMPLATES:  # the same text, whatever an editor puts around it
+            wording = Path(wording).read_text(encoding="utf-8-sig").rstrip("\n")
+            envs.check_template(wording)
+    except (OSError, ValueError) as error:
+        raise InputError(asked, error) from None
+    return [envs.Condition(game, names, args.layout, wording, args.persona) for game in games]
 
 
-def asked(args, configs):
-    """The settings of the test, as --json has them."""
-    settings = "opponent actions layout prompt persona rounds samples xi illegal legal payoffs"
-    asked = {key: getattr(args, key) for key in settings.split()}
-    asked["sampling"] = args.sampling or configs[0]["sampling"]
-    asked["prompt_file"] = str(args.prompt_file) if args.prompt_file else None
-    return asked
+class Players:
+    """The base model of run folders, as the agent of any of them. Raises InputError at odd ones."""
+
+    def __init__(self, folders):
+        from lora import base_fingerprint
+        from policy import Policy, load_model
+
+        self.configs = {run: runs.read_config(run, "RUN") for run in folders}
+        first, *_ = self.configs.values()
+        runs.require_same("RUN", self.configs.values(), "model", "dtype", "base")
+        try:
+            self.model, self.tokenizer = load_model(first["model"], dtype=first["dtype"])
+            runs.require_same("RUN", [first, {"base": base_fingerprint(self.model)}], "base")
+            # Both share one adapter, that of the run which plays.
+            base = self.model, self.tokenizer, "agent"
+            self.policies = {"constrained": Policy(*base), "free": Policy(*base, free=True)}
+            for run in folders:  # what is wrong with one of them is known before the work
+                self.policies["free"].load(run)
+        except ValueError as error:
+            raise InputError("RUN", error) from error
+        self.default, self.loaded = first["sampling"], folders[-1]
+
+    def policy(self, run, sampling=None):
+        """The Policy of a run, its adapter loaded (None: untuned); sampling: by default its own."""
+        if run not in (None, self.loaded):
+            self.policies["free"].load(run)
+            self.loaded = run
+        return self.policies[sampling or (self.configs[run]["sampling"] if run else self.default)]
+
+    def trie(self, condition, second=False):
+        """The packed prompts of a Condition. Raises InputError where the model cannot read them."""
+        try:
+            texts = envs.build_prompts(condition, second)
+            trie = self.policies["free"].trie(texts, condition.names)
+            trie.inputs(self.model)
+        except ValueError as error:
+            raise InputError("--actions, --prompt", error) from None
+        return trie
+
+    @cache  # noqa: B019 - all runs meet all conditions, some more than once
+    def player(self, run, condition, second=False, sampling=None):
+        """The agent of a run (None: the untuned model) as a player [state, order, outcome]."""
+        policy, trie = self.policy(run, sampling), self.trie(condition, second)
+        if run is None:
+            return as_player(policy.reference(trie).exp().numpy())
+        return as_player(policy.probabilities(trie))
+
+    def second(self, run):
+        """Whether a run's agent learned on the other side of the game."""
+        return run is not None and self.configs[run].get("side") == "opponent"
 
 
-def opponent_of(words, evaluator, condition):
-    """(its probabilities [state, order, outcome], P(C) of its opening) in a Condition."""
-    if is_run(words):
-        return evaluator.player(Path(words[0]), condition, second=True), 0.5
-    strategy = parse_strategy(words)
-    return memory_one(strategy), opening(strategy)
+def prepare(args, others=()):
+    """(Conditions, Players) of a command line and other runs, checked before any work."""
+    asked = conditions(args)
+    if args.json:
+        runs.check_free("--json", args.json, args.overwrite)
+    players = Players([*args.runs, *others])
+    if not args.sampling:
+        runs.require_same("--sampling", [players.configs[run] for run in args.runs], "sampling")
+    return asked, players
 
 
-def conditions_of(args, configs, evaluator):
+def list_tests(args, asked, players):
     """Where every agent is tested: a list of (path in its results, Condition).
 
-    Names that an agent does not know in both roles are tested in both. What the model cannot be put
-    into is left out of --axes, with a line that says so.
+    Names that an agent does not know in both roles are tested in both. What the model cannot read
+    is left out of --axes, with a line that says so.
     """
-    known = [set(action_names(config["actions"])) for config in configs]  # more than two: both
+    known = [set(envs.action_names(players.configs[run]["actions"])) for run in args.runs]
     new = any(len(names) == 2 or not {*args.actions} <= names for names in known)
     tests = []
-    for game in games_from(args):
-        condition = condition_from(args, game)
-        tests.append((("games", game_name(game)), condition))
+    for condition in asked:
+        game = envs.game_name(condition.game)
+        tests.append((("games", game), condition))
         if new:
-            swapped = condition._replace(names=condition.names[::-1])
-            tests.append((("swapped", game_name(game)), swapped))
-    if args.axes:
-        for axis, value, condition in axis_conditions(tests[0][1]):
-            try:
-                evaluator.policy(condition)
-            except ValueError as error:
-                print(f"warning: --axes: {axis} {value} left out: {error}", file=sys.stderr)
-            else:
-                tests.append((("axes", axis, value), condition))
-    return tests
-
-
-def axis_conditions(condition):
-    """Every Condition that differs from this one in one of AXES: (axis, value, Condition)."""
-    for axis, values in AXES.items():
+            tests.append((("swapped", game), condition._replace(names=condition.names[::-1])))
+    for axis, values in AXES.items() if args.axes else ():
         for value in values:
             field = {"actions": "names", "prompt": "wording"}.get(axis, axis)
             chosen = tuple(value.split()) if axis == "actions" else value
-            yield axis, value, condition._replace(**{field: chosen})
+            varied = tests[0][1]._replace(**{field: chosen})
+            try:
+                players.trie(varied)
+            except ValueError as error:
+                print(f"warning: --axes: {axis} {value} left out: {error}", file=sys.stderr)
+            else:
+                tests.append((("axes", axis, value), varied))
+    return tests
+
+
+def evaluate(args):
+    """What --json holds, see the module docstring. Raises InputError."""
+    try:
+        who = envs.parse_opponent(args.opponent)
+        if who == "learner":
+            raise ValueError("learner is for training: name its run folder, RUN/opponent")
+    except ValueError as error:
+        raise InputError("--opponent", error) from None
+    others = [who] if isinstance(who, Path) else []
+    for run in others:
+        runs.read_config(run, "--opponent")
+    if len({run.resolve() for run in args.runs}) < len(args.runs):
+        raise InputError("RUN", "a run is given twice: it would count as two seeds")
+    asked, players = prepare(args, others)
+    configs = [players.configs[run] for run in args.runs]
+    runs.require_same("RUN", configs, "xi", "illegal")
+    xi, illegal = configs[0]["xi"], configs[0]["illegal"]
+    tests = list_tests(args, asked, players)
+    bar = tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None)
+
+    def agent(run):
+        result, second = {}, players.second(run)
+        for path, condition in tests:
+            payoffs = envs.payoff_matrix(condition.game)
+            payoffs = envs.other_side(payoffs) if second else payoffs
+            player = players.player(run, condition, second, args.sampling)
+            if others:
+                other, opening = players.player(who, condition, not second), 0.5
+            else:
+                other, opening = envs.memory_one(who), envs.opening(who)
+            place, (*outer, last) = result, path
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = measure(player, payoffs, other, opening, args.rounds, xi, illegal)
+            bar.update()
+        return result
+
+    results = {key: getattr(args, key) for key in ASKED} | {"xi": xi, "illegal": illegal}
+    results["sampling"] = args.sampling or configs[0]["sampling"]
+    results["baseline"], results["runs"] = agent(None), []
+    for run, config in zip(args.runs, configs):
+        own = {"run": str(run)} | {key: config[key] for key in SHOWN}
+        results["runs"].append(own | agent(run))
+    bar.close()
+    results["groups"] = group_by_seed(results["baseline"], results["runs"], configs)
+    return results
+
+
+def mean_and_interval(values):
+    """Leaf by leaf over equally nested dicts: {"mean", "ci95", "paper95"}, None where a leaf is.
+
+    ci95 = t s / sqrt(n), Student's t for n - 1 degrees of freedom; paper95 = 1.96 s / sqrt(n), too
+    narrow for a few seeds (paper, section 5). Both are None for a single run.
+    """
+    if isinstance(values[0], dict):
+        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+    if None in values:
+        return {"mean": None, "ci95": None, "paper95": None}
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return {"mean": mean, "ci95": None, "paper95": None}
+    error = float(np.std(values, ddof=1) / math.sqrt(n))
+    # Beyond the table: two terms of Fisher's expansion, right to 0.003.
+    t = STUDENT[n - 2] if n < 12 else 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2
+    return {"mean": mean, "ci95": t * error, "paper95": 1.96 * error}
+
+
+def group_by_seed(baseline, agents, configs):
+    """The untuned model, then agents by groups of seeds: {label, name, reward, n, runs, means}."""
+    ignored = {"seed", "device", "save_every", "versions"}
+    members = {}  # settings as JSON -> indices of the runs that have them
+    for i, config in enumerate(configs):
+        kept = {key: value for key, value in config.items() if key not in ignored}
+        members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
+    settings = [json.loads(key) for key in members]
+    groups = []
+    for own, indices in zip([None, *settings], [[], *members.values()]):
+        title, reward = (label(own, settings), own["reward"][-1]) if own else ("untuned", "untuned")
+        name = f"{title} (n={len(indices)})" if len(indices) > 1 else title
+        chosen = [agents[i] for i in indices] or [baseline]
+        seeds = [configs[i]["seed"] for i in indices]
+        if len(set(seeds)) < len(seeds):
+            raise InputError("RUN", f"of {title} a seed comes twice: {' '.join(map(str, seeds))}")
+        group = {"label": title, "name": name, "reward": reward, "n": len(chosen), "runs": indices}
+        for part in baseline:
+            group[part] = mean_and_interval([agent[part] for agent in chosen])
+        groups.append(group)
+    return groups
+
+
+def label(own, settings):
+    """A group in words: its rewards, and what differs between it and the other `settings`."""
+    title, others = " then ".join(own["reward"]), []
+    for key in dict.fromkeys(key for other in settings for key in other):
+        values = {json.dumps(other.get(key)) for other in settings}
+        if len(values) == 1 or key == "reward" or own.get(key) is None:
+            continue
+        if key == "opponent":
+            title += f" vs {in_brief(own[key])}"
+        else:
+            others.append(f"{key} {in_brief(own[key])}")
+    return ", ".join([title, *others])
+
+
+def in_brief(value):
+    """A setting in words: of a list the first eight if there are more."""
+    words = list(map(str, value)) if isinstance(value, list) else [str(value)]
+    return " ".join(words[:8] + ["..."] * (len(words) > 8))
+
+
+def show(leaf, digits=3):
+    """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
+    if leaf["mean"] is None:
+        return "-"
+    shown = f"{round(leaf['mean'], digits) + 0.0:.{digits}f}"  # no -0.000
+    return shown if leaf["ci95"] is None else f"{shown}±{leaf['ci95']:.{digits}f}"
+
+
+def print_line(label, width, measures):
+    """Policy, share of illegal answers, points and both regrets of a group."""
+    illegal = sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
+    leaves = [measures["policy"][state] for state in STATES]
+    leaves += [{"mean": illegal, "ci95": None}, measures["reward"]["game"]]
+    leaves += [measures["regret"]["deontological"], measures["regret"]["utilitarian"]]
+    print(f"{label:{width}}" + "".join(f"{show(leaf):>14}" for leaf in leaves))
+
+
+def print_results(results):
+    """Print what `evaluate` returns."""
+    groups, names = results["groups"], results["actions"]
+    games = results["baseline"]["games"]
+    print(f"Against {' '.join(results['opponent'])}, actions {' '.join(names)}, exact; ", end="")
+    print(", ".join(f"{key} {results[key]}" for key in HEAD))
+    if any(group["n"] > 1 for group in groups):
+        print("±: 95 % over seeds (Student's t), conditional on the one base model.")
+    for key, asked in (("actions", names), ("layout", []), ("prompt", [])):
+        others, asked = set(), {*asked} or {results[key]}
+        for run in results["runs"]:
+            if not asked <= {*(envs.NAMES if run[key] == ["random"] else run[key])}:
+                others.add(in_brief(run[key]))
+        if others:
+            print(f"In training --{key} was {', '.join(sorted(others))}.")
+    width = max(map(len, [*games, *(group["name"] for group in groups)]))
+    titles = [*(f"P(C|{state})" for state in STATES), "illegal", "points"]
+    head = "".join(f"{title:>14}" for title in [*titles, "deont. regret", "util. regret"])
+    for game in games:
+        print(f"\n{game:{width}}{head}")
+        for group in groups:
+            print_line(group["name"], width, group["games"][game])
+        if "swapped" in groups[0]:
+            print(f"with the names in each other's role, {' '.join(names[::-1])}")
+            for group in groups:
+                print_line(group["name"], width, group["swapped"][game])
+    for group in groups[1:]:
+        print_roles(group, names)
+    for group in groups:
+        if "axes" in group:
+            print(f"\n{group['name']}, one thing varied at a time, {next(iter(games))}")
+            print(f"{'':26}{head}")
+        for axis, values in group.get("axes", {}).items():
+            for value, measures in values.items():
+                print_line(f"  {axis} {value}", 26, measures)
+
+
+def print_roles(group, names):
+    """Warn of an agent whose policy depends on which name stands for which action."""
+
+    def cooperation(measures):  # of legal answers, a mean over the states
+        illegal, p = ([measures[key][s]["mean"] for s in STATES] for key in ("illegal", "policy"))
+        return np.mean(np.array(p) / (1 - np.array(illegal) + 1e-9))
+
+    for sign, word in zip((1, -1), names):
+        changes = {}
+        for game, swapped in group.get("swapped", {}).items():
+            changes[game] = sign * (cooperation(group["games"][game]) - cooperation(swapped))
+        leaning = [game for game, change in changes.items() if change > ROLES_DIFFER]
+        if leaning:
+            print(
+                f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers "
+                f"changes by up to {max(changes.values()):.2f} ({', '.join(leaning)}): it leans to "
+                f"the word {word}, whatever that stands for"
+            )
 
 
 def main(argv=None):
-    args = evaluate_parser().parse_args(argv)
-    configs = read_runs(args)
-    with user_error("--opponent"):
-        if is_run(args.opponent):
-            read_configs([*args.runs, Path(args.opponent[0])], again=True)
-        else:
-            parse_strategy(args.opponent)
-    if args.plot:
-        from charts import check_matplotlib
-        from figures import FIGURES, plot_all
-
-        check_matplotlib("--plot")
-        check_free("--plot", args.plot, args.overwrite, folder=True)
-        for name in FIGURES:
-            check_free("--plot", args.plot / name, args.overwrite)
-    with (
-        user_error("RUN", ValueError, OSError),
-        user_error("--samples", MemoryError, hint="lower it or --rounds"),
-    ):
-        results = evaluate(args, configs)
-    with user_error("--json", OSError):
+    try:
+        parser = evaluate_parser(__doc__)
+        help = "vary names, layout, wording and persona, one at a time, on the first --game"
+        parser.option("--opponent", envs.OPPONENT_WORDS, default=["random"], nargs="+")
+        parser.option("--rounds", "per episode", type=runs.number(int, 1, 10**6), default=5)
+        parser.option("--axes", help, action="store_true")
+        args = parser.parse_args(argv)
+        results = evaluate(args)
         if args.json:
-            write_json(args.json, results)
-    with user_error("--plot", OSError):
-        if args.plot:
-            plot_all(results, args.plot)
-    with printing():
+            runs.write_json(args.json, results)
         print_results(results)
+        sys.stdout.flush()
+    except BrokenPipeError:  # ... | head: what Python itself flushes must go somewhere, too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except InputError as error:
+        runs.stop(error)
 
 
 if __name__ == "__main__":

@@ -25,19 +25,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
-
-# adapter_config.json: keys that plain LoRA may have at any value, and those that it has at one of
-# some. Any other key must be off: null, false or empty.
-ANY_VALUE = set(
+# What plain LoRA may have in adapter_config.json: these keys at any value, these at these values,
+# any other only off: null, false or empty. Other initialisations change the base, too.
+ANY_VALUE = (
     "base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern "
     "layers_to_transform lora_alpha lora_dropout megatron_core peft_version qalora_group_size r "
-    "revision target_modules task_type".split()
-)
-SOME_VALUES = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),  # the others change the base weights, too
-}
+    "revision target_modules task_type"
+).split()
+SOME_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 
 
 class LoRALinear(nn.Module):
@@ -80,13 +75,6 @@ class LoRALinear(nn.Module):
         total = torch.addmm(y.flatten(0, -2).to(a.dtype), low_rank, b.T)
         return total.to(y.dtype).view_as(y)
 
-    def merge(self, name):
-        """Add the adapter into the base weight, in place."""
-        delta = self.scale[name] * self.B[name] @ self.A[name]
-        if self.transposed:
-            delta = delta.T
-        self.base.weight.data += delta.to(self.base.weight.dtype)
-
 
 def lora_layers(model):
     """The wrapped layers by their names in the base model: dict name -> LoRALinear."""
@@ -94,46 +82,32 @@ def lora_layers(model):
     return {name: module for name, module in modules if isinstance(module, LoRALinear)}
 
 
-def linear_layers(model):
-    """What can be adapted: all linear layers but the output head, wrapped ones included."""
-    head = model.get_output_embeddings()
-    layers = {}
-    for path, module in model.named_modules():
-        linear = isinstance(module, nn.Linear | Conv1D | LoRALinear)
-        if linear and module is not head and not path.endswith(".base"):
-            layers[path] = module
-    return layers
-
-
-def add_adapter(model, name, rank, alpha, targets=None):
+def add_adapter(model, name, rank, alpha, paths=None):
     """Freeze the model and put a new adapter `name` on its linear layers.
 
-    targets: the layers to adapt, by their full names or the last part of these (q_proj); by default
-             all but the output head
+    paths: full names of the layers to adapt; by default all but the output head
     An adapter of that name is replaced. All adapters take gradients; the base does not.
-
-    Raises ValueError where a target is no linear layer of the model, or there is nothing to adapt.
+    Raises ValueError where a path is no linear layer of the model, or there is nothing to adapt.
     """
-    layers = linear_layers(model)
-    if targets is not None:
-        named = {path: {path, path.rpartition(".")[2]} & set(targets) for path in layers}
-        missing = sorted(set(targets).difference(*named.values()))
-        if missing:
-            raise ValueError(
-                f"the adapter is for another model: this one has no linear layer {missing[0]}"
-            )
-        layers = {path: layers[path] for path, names in named.items() if names}
-    if not layers:
-        raise ValueError("the model has no linear layers to adapt")
-    for layer in lora_layers(model).values():
+    layers = {}
+    for path, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | Conv1D | LoRALinear) and not path.endswith(".base")
+        if linear and module is not model.get_output_embeddings():
+            layers[path] = module
+    paths = list(layers) if paths is None else paths
+    foreign = [path for path in paths if path not in layers]
+    if foreign or not paths:
+        reason = f"no linear layer {foreign[0]}" if foreign else "no linear layers"
+        raise ValueError(f"the adapter is for another model: this one has {reason}")
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():  # of another adapter of that name nothing stays
         if name in layer.A:
             del layer.A[name], layer.B[name]
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer)
-            model.set_submodule(path, layer)
-        layer.add(name, rank, alpha)
+    for path in paths:
+        if not isinstance(layers[path], LoRALinear):
+            layers[path] = LoRALinear(layers[path])
+            model.set_submodule(path, layers[path])
+        layers[path].add(name, rank, alpha)
     for layer in lora_layers(model).values():
         layer.A.requires_grad_(True)
         layer.B.requires_grad_(True)
@@ -141,11 +115,8 @@ def add_adapter(model, name, rank, alpha, targets=None):
 
 def adapter_parameters(model, name):
     """The trainable tensors of one adapter, in a fixed order: A [rank, in], B [out, rank], ..."""
-    parameters = []
-    for layer in lora_layers(model).values():
-        if name in layer.A:
-            parameters += [layer.A[name], layer.B[name]]
-    return parameters
+    adapted = [layer for layer in lora_layers(model).values() if name in layer.A]
+    return [parameter for layer in adapted for parameter in (layer.A[name], layer.B[name])]
 
 
 @contextmanager
@@ -171,18 +142,11 @@ def save_adapter(model, name, folder):
         tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.B[name].detach().cpu().contiguous()
     first = next(iter(layers.values()))
     rank = len(first.A[name])
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config.name_or_path,
-        "r": rank,
-        "lora_alpha": first.scale[name] * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
-        "fan_in_fan_out": first.transposed,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0}
+    config |= {"base_model_name_or_path": model.config.name_or_path, "inference_mode": True}
+    config |= {"r": rank, "lora_alpha": first.scale[name] * rank}
+    config["target_modules"] = sorted({path.rpartition(".")[2] for path in layers})
+    config["fan_in_fan_out"] = first.transposed
     write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
     text = json.dumps(config, indent=2) + "\n"
     (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -193,16 +157,13 @@ def write_tensors(path, tensors, metadata=None):
     Path(path).write_bytes(save(tensors, metadata))
 
 
-def read_tensors(path):
-    """The tensors of a safetensors file: dict.
-
-    Raises OSError where it is missing; ValueError where it is damaged or a number in it not finite.
-    """
+def read(path):
+    """What a JSON or safetensors file holds. Raises ValueError if it is damaged or not finite."""
     try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
         tensors = load_file(path)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors raises its own kind
+    except Exception as error:  # of the file system, of JSON, of safetensors
         raise ValueError(f"cannot read {path}: {error}") from None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -210,47 +171,34 @@ def read_tensors(path):
     return tensors
 
 
-def read_adapter(folder):
-    """(config, tensors) of an adapter folder. Errors as in `load_adapter`."""
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        config["r"], config["lora_alpha"], config["peft_type"]  # a KeyError where they are missing
-        settings = config.items()
-    except OSError:
-        raise
-    except Exception as error:  # no JSON, no dict, a key that is missing
-        raise ValueError(f"cannot read the adapter in {folder}: {error!r}") from None
-    for key, value in settings:
-        if key not in ANY_VALUE and value and value not in SOME_VALUES.get(key, ()):
-            raise ValueError(f"the adapter in {folder} is not plain LoRA ({key}: {value})")
-    return config, tensors
-
-
 def load_adapter(model, name, folder):
     """Add the adapter of a folder (written here or by PEFT) to the model under `name`.
 
-    Raises OSError where a file is missing; ValueError where it is damaged, for another model, not
-    finite, or no plain LoRA: whatever its configuration turns on beside that is not read here.
+    Raises ValueError where a file is missing or damaged (`read`), for another model, or no plain
+    LoRA: whatever its configuration turns on beside that is not read here.
     """
-    folder = Path(folder)
-    config, tensors = read_adapter(folder)
-    suffixes = (".lora_A.weight", ".lora_B.weight")
-    foreign = [k for k in tensors if not (k.startswith(PREFIX) and k.endswith(suffixes))]
-    if foreign or not tensors:
-        reason = f"tensor {foreign[0]}" if foreign else "no tensors"
-        raise ValueError(f"the adapter in {folder} is not plain LoRA ({reason})")
-    paths = sorted({key[len(PREFIX) : -len(suffixes[0])] for key in tensors})
-    add_adapter(model, name, config["r"], config["lora_alpha"], paths)
+    tensors = read(Path(folder) / "adapter_model.safetensors")
+    config = read(Path(folder) / "adapter_config.json")
+    config = config if isinstance(config, dict) else {}
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    odd = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" not in key]
+    for key, value in config.items():
+        if key not in ANY_VALUE and value and value not in SOME_VALUES.get(key, []):
+            odd.append(f"{key}: {value}")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        odd.append(f"r: {rank}, lora_alpha: {alpha}")
+    if odd or config.get("peft_type") != "LORA":
+        raise ValueError(f"the adapter in {folder} is not plain LoRA ({', '.join(odd[:1])})")
+    paths = sorted({key[len(PREFIX) : key.index(".lora_")] for key in tensors})
+    add_adapter(model, name, rank, alpha, paths)
     for path in paths:
         layer = model.get_submodule(path)
         for which, parameter in (("A", layer.A[name]), ("B", layer.B[name])):
-            tensor = tensors.get(f"{PREFIX}{path}.lora_{which}.weight")
-            shape = None if tensor is None else list(tensor.shape)
-            if shape != list(parameter.shape):
+            tensor = tensors.get(f"{PREFIX}{path}.lora_{which}.weight", torch.empty(0))
+            if tensor.shape != parameter.shape:
                 raise ValueError(
                     f"the adapter in {folder} is for another model: {path} wants lora_{which} "
-                    f"{list(parameter.shape)}, the file has {shape}"
+                    f"{list(parameter.shape)}, the file has {list(tensor.shape)}"
                 )
             parameter.data.copy_(tensor)
 
@@ -259,7 +207,9 @@ def merge_adapter(model, name):
     """Add adapter `name` into the base weights and unwrap every layer: a plain model is left."""
     for path, layer in lora_layers(model).items():
         if name in layer.A:
-            layer.merge(name)
+            delta = layer.scale[name] * layer.B[name] @ layer.A[name]
+            weight = layer.base.weight.data
+            weight += (delta.T if layer.transposed else delta).to(weight.dtype)
         model.set_submodule(path, layer.base)
 
 

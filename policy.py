@@ -1,187 +1,391 @@
-"""A language model as a table: constrained or free sampling, value head.  [torch; knows no game]
+"""A language model as a table: model folder, tokens, trie, sampling, value head.  [knows no game]
 
 A policy maps P distinct prompts to log-probabilities of K outcomes: a table [prompt, outcome].
 Where a task has few distinct prompts, one forward pass gives the whole table; then any number of
-samples is drawn by indexing it. There is no sampling loop over tokens (trie.py).
+samples is drawn by indexing it. There is no sampling loop over tokens.
 
-    Policy  model + adapter + value head: `forward` gives a Table, `backward` carries a gradient
-            of that table to the weights
+    load_model   a folder or a hub name -> model, tokenizer; what is wrong with it is refused here
+    encode       texts -> token ids, with the answers as the model itself would write them
+    Trie         prompts and answers, packed so that a model reads each beginning once
+    Policy       model + adapter + value head; called on a trie it gives the table
 """
 
-from functools import cached_property
-from typing import NamedTuple
+import math
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora import adapter, adapter_parameters
-from models import ModelError
-from trie import Trie
+from lora import adapter, adapter_parameters, load_adapter, read, save_adapter, write_tensors
+
+EMBEDDED = Path(__file__).resolve().parent / "tiny"
+# "Today" in a chat template that writes the date: a prompt must not change from day to day. It is a
+# macro, because transformers passes no function on to a template.
+TODAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro +%}"
+MARK, PROBE = "ANSWER-STARTS-HERE", 'A & B <c>, "d"\nor | E?'
+
+
+class ModelError(ValueError):
+    """The model folder is at fault, not what is asked of it."""
+
+
+def load_model(path, device=None, dtype="float32"):
+    """(model, tokenizer) of a causal language model.
+
+    path:   'tiny' (the embedded one), a folder, or a name on the Hugging Face hub
+    device: by default a GPU where there is one;  dtype: the name of a torch type
+    Raises ModelError where weights are missing (transformers would fill them with random numbers),
+    are no safetensors, or need code of their own.
+    """
+    path = EMBEDDED if path == "tiny" else path
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if (Path(path) / "adapter_config.json").exists():
+        raise ModelError(f"{path} holds an adapter: name the model that it was made for")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("it is quantised: name the model that it was made from")
+        # The fused attention kernels know no soft-capping of attention logits (Gemma 2).
+        soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        settings = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+        settings["attn_implementation"] = "eager" if soft_capped else None
+        settings["ignore_mismatched_sizes"] = True  # the report has their names
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=False, output_loading_info=True, **settings
+        )
+        heads = prompt_heads(tokenizer, [PROBE])  # a chat template may raise anything, too
+    except Exception as error:  # of transformers, tokenizers, safetensors, Jinja, the hub
+        reason = error if Path(path).exists() else f"no such folder, and on the hub: {error}"
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, and none but that of transformers is run here"
+        raise ModelError(f"cannot load a model from {path}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    ids = tokenizer(heads, add_special_tokens=not tokenizer.chat_template)["input_ids"][0]
+    faults = [f"the weights lack {key} as config.json describes it" for key in lacking]
+    faults += [f"config.json has no place for {key}" for key in report["unexpected_keys"]]
+    if PROBE not in heads[0]:
+        faults.append("the chat template leaves a turn out, or changes its text")
+    if not ids or (not tokenizer.chat_template and ids[-1] in tokenizer.all_special_ids):
+        faults.append("the tokenizer knows no text, or appends a token: nothing can follow it")
+    if faults:
+        raise ModelError(f"{path}: {faults[0]}")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: a layer keeps only its input and runs again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            # It acts only in training mode. What is inside stays in eval mode, without dropout.
+            module.training = True
+
+
+def write_chats(tokenizer, chats, **settings):
+    """Chats as the tokenizer's template writes them, on a fixed date: list of str."""
+    settings |= {"tokenize": False, "chat_template": TODAY + tokenizer.get_chat_template()}
+    return tokenizer.apply_chat_template(chats, **settings)
+
+
+def prompt_heads(tokenizer, texts):
+    """What stands before the answers, as text: list of str."""
+    if not tokenizer.chat_template:
+        return [text + " " for text in texts]
+    reply = {"role": "assistant", "content": MARK}
+    written = write_chats(tokenizer, [[{"role": "user", "content": t}, reply] for t in texts])
+    return [chat.rpartition(MARK)[0] for chat in written]  # "" where the turn is left out
+
+
+def encode(tokenizer, texts, answers):
+    """Token ids of prompts and of answers: (list of P lists, list of A lists).
+
+    The boundary is the one the model itself would write: where a chat template starts the answer;
+    without one, after a space. Tokenizers glue a space to the word behind it, so a space at the
+    boundary goes to the answer.
+    Raises ValueError where the answers cannot be told apart by their tokens.
+    """
+    heads = prompt_heads(tokenizer, texts)
+    space = " " if heads[0].endswith(" ") else ""
+    heads = [head.removesuffix(space) for head in heads]
+    special = not tokenizer.chat_template  # a template writes its own special tokens
+    prompts = tokenizer(heads, add_special_tokens=special)["input_ids"]
+    tails = []
+    for answer in answers:
+        answered = [head + space + answer for head in heads]
+        wholes = tokenizer(answered, add_special_tokens=special)["input_ids"]
+        endings = {
+            tuple(whole[len(prompt) :]) if whole[: len(prompt)] == prompt else None
+            for prompt, whole in zip(prompts, wholes)
+        }
+        tails.append(endings.pop() or ())
+        fault = ""
+        if endings or not tails[-1]:
+            fault = "are not the same after every prompt"
+        elif set(tails[-1]) & set(tokenizer.all_special_ids):
+            fault = "have an unknown or special one among them"
+        for other, tail in zip(answers, tails[:-1]):
+            shorter = min(len(tail), len(tails[-1]))
+            if tail[:shorter] == tails[-1][:shorter]:
+                fault = f"cannot be told apart from those of {other!r}"
+        if fault:
+            raise ValueError(f"the tokens of the answer {answer!r} {fault}: choose another name")
+    return prompts, [list(tail) for tail in tails]
+
+
+class Trie:
+    """P prompts, each followed by A answers, packed so that every distinct prefix is one node.
+
+    The prompts [1 2 3] and [1 2 4] with the answers [5 6] and [5 7] are six nodes. The last token
+    of an answer needs none: nothing is asked after it.
+
+        token   1 ── 2 ─┬─ 3 ── 5           node        0  1  2  3  4  5
+                        └─ 4 ── 5           tokens      1  2  3  5  4  5
+                                            depth       0  1  2  3  2  3
+        node    0 ── 1 ─┬─ 2 ── 3           keep              2  3  4  5
+                        └─ 4 ── 5           branches    [[0 1] [2 3]], indices into keep
+                                            ancestors   node 5 sees 0, 1, 4 and itself
+
+    A causal model run on it with these positions and this mask gives at each node what it gives at
+    the end of the plain text. Prompts that have less than half of their tokens in common are packed
+    into sequences of their own, R in all: what they could share is not worth a wider mask.
+
+    rows       the prompts that are packed: of several processes each has its own share
+    tokens     int64 [R, N]     token of each node; shorter sequences are padded at their end
+    depth      int64 [R, N]     its position in its own text
+    ancestors  bool [R, N, N]   row sees column: the column is the row's prefix, or itself
+    keep       int64 [M]        the positions at which the output head is needed
+    branches   int64 [rows, Q]  index into [R, M], flattened: own prompt, answer prefix q; the first
+                                prefix is empty: the bare prompt
+    paths      per answer, a list of (q, token): after prefix q comes this token
+    children   per answer prefix q, the tokens that may follow
+    """
+
+    def __init__(self, prompts, answers):
+        self.prompts, self.answers, self.rows = prompts, answers, own_rows(prompts)
+        prefixes, self.paths, self.children = [], [], []
+        for answer in answers:
+            self.paths.append([])
+            for n, token in enumerate(answer):
+                if answer[:n] not in prefixes:
+                    prefixes.append(answer[:n])
+                    self.children.append(set())
+                q = prefixes.index(answer[:n])
+                self.paths[-1].append((q, token))
+                self.children[q].add(token)
+        self.children = [sorted(tokens) for tokens in self.children]
+
+        # One dict a sequence: prefix -> (node, its parent). Its order is the order of the nodes, so
+        # a parent stands before its children. Sorted, neighbours have the most in common.
+        sequences, previous = [], []
+        ends = {}  # (row, q) -> (sequence, node)
+        for row in sorted(self.rows, key=prompts.__getitem__):
+            half = (len(prompts[row]) + 1) // 2
+            if previous[:half] != prompts[row][:half]:
+                sequences.append({})
+            previous, nodes = prompts[row], sequences[-1]
+            for q, prefix in enumerate(prefixes):
+                text, node = (*prompts[row], *prefix), -1
+                for end in range(1, len(text) + 1):
+                    if text[:end] not in nodes:
+                        nodes[text[:end]] = len(nodes), node
+                    node = nodes[text[:end]][0]
+                ends[row, q] = len(sequences) - 1, node
+
+        self.tokens, self.depth = torch.zeros(2, len(sequences), max(map(len, sequences))).long()
+        self.ancestors = torch.eye(self.tokens.shape[1]).bool().repeat(len(sequences), 1, 1)
+        for r, nodes in enumerate(sequences):
+            for text, (node, parent) in nodes.items():
+                self.tokens[r, node], self.depth[r, node] = text[-1], len(text) - 1
+                if parent >= 0:
+                    self.ancestors[r, node] |= self.ancestors[r, parent]
+
+        keep = sorted({node for _, node in ends.values()})
+        self.keep = torch.tensor(keep)
+        self.branches = torch.zeros(len(self.rows), len(prefixes)).long()
+        for (row, q), (r, node) in ends.items():
+            self.branches[self.rows.index(row), q] = r * len(keep) + keep.index(node)
+
+    def inputs(self, model):
+        """What the model is called with. Raises ValueError where it cannot take a trie."""
+        config = model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        default = ["sliding_attention" if window else "full_attention"]
+        kinds = set(getattr(config, "layer_types", None) or default)
+        near = self.depth[:, :, None] - self.depth[:, None, :] < (window or self.tokens.shape[1])
+        masks = {"full_attention": self.ancestors, "sliding_attention": self.ancestors & near}
+        for kind, seen in masks.items():  # what is added to attention scores [R, 1, N, N]
+            least = torch.full(seen.shape, torch.finfo(model.dtype).min, dtype=model.dtype)
+            masks[kind] = least.masked_fill(seen, 0)[:, None].to(model.device)
+        fault = ""
+        longest, known = int(self.depth.max()) + 1, model.get_input_embeddings().weight.shape[0]
+        if not kinds <= {*masks}:
+            fault = f"has layers of {max(kinds - {*masks})}, not plain or sliding-window attention"
+        if longest > getattr(config, "max_position_embeddings", math.inf):
+            fault = f"takes {config.max_position_embeddings} tokens, the prompt has {longest}"
+        if self.tokens.max() >= known:
+            fault = f"knows {known} tokens: the tokenizer is of another one"
+        if fault:
+            raise ValueError(f"the model {fault}")
+        return {
+            "input_ids": self.tokens.to(model.device),
+            "position_ids": self.depth.to(model.device),
+            # A model with both kinds of layers takes a mask of each by its name, any other the one.
+            "attention_mask": masks if len(kinds) > 1 else masks[kinds.pop()],
+            "logits_to_keep": self.keep.to(model.device),
+            "use_cache": False,
+        }
+
+
+def own_rows(prompts):
+    """This process' share of the prompts, as rows: all of them where it is the only one."""
+    if not distributed.is_initialized():
+        return list(range(len(prompts)))
+    if distributed.get_world_size() > len(prompts):
+        raise ValueError(f"there are more processes than the {len(prompts)} prompts to share")
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours have most in common
+    share = np.array_split(order, distributed.get_world_size())[distributed.get_rank()]
+    return sorted(share.tolist())
 
 
 def log_illegal(log_probs):
-    """log(1 - sum of the legal probabilities): [..., A] -> [...].
-
-    Finite, with finite gradients, also where rounding makes the sum 1.
-    """
-    log_legal = torch.logsumexp(log_probs, dim=-1).clamp(max=-1e-7)
-    return torch.log(-torch.expm1(log_legal))
-
-
-def zero_value_head(model):
-    """A float32 Linear(width, 1) on the model's hidden states that gives 0 for all of them."""
-    width = model.get_output_embeddings().weight.shape[1]
-    layer = torch.nn.Linear(width, 1, device=model.device)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Table(NamedTuple):
-    """What a policy says to all of its prompts, float32."""
-
-    log_probs: torch.Tensor  # [P, K], on the CPU, without a graph
-    values: torch.Tensor  # [P], the same
-    graph: tuple | None  # this process' rows of both as the pass gave them, for Policy.backward
-
-
-class Shard(NamedTuple):
-    """Some of the prompts, as many as one pass takes."""
-
-    rows: list  # of the table
-    trie: Trie
-    inputs: dict  # of the model
+    """log(1 - sum of the legal probabilities), [..., A] -> [...]: finite, as are its gradients."""
+    # Rounding can make the sum 1.
+    return torch.log(-torch.expm1(torch.logsumexp(log_probs, dim=-1).clamp(max=-1e-7)))
 
 
 class Policy:
-    """A language model with one of its adapters and a value head, on fixed prompts and answers.
+    """A language model with the adapter of this name, and a value head of its own.
 
-    prompts, answers: token ids from `models.encode`
-    free:       False: one of the answers is always given, K = A (at each token only what continues
-                an answer is allowed, renormalised)
-                True: any text may be given, K = A + 1; the last outcome is every other text
-    nodes:      several prompts with more tokens than that are cut into several passes
-    value_head: by default a new one (`zero_value_head`);  endings: as in Trie
-
-    Of several processes (torch.distributed) each has its own share of the prompts. Whoever uses a
-    Policy sees neither that nor how many passes there are.
+    free: False: one of the answers is always given, K = A (at each token only what continues an
+          answer is allowed, renormalised)
+          True: any text may be given, K = A + 1; the last outcome is every other text
     """
 
-    def __init__(
-        self, model, name, prompts, answers, free=False, nodes=None, value_head=None, endings=()
-    ):
-        self.model, self.name, self.free = model, name, free
-        self.n_prompts, self.n_outcomes = len(prompts), len(answers) + free
-        self.value_head = value_head or zero_value_head(model)
-        self.shards = []
-        for rows in deal(prompts, answers, nodes):
-            trie = Trie([prompts[row] for row in rows], answers, endings)
-            self.shards.append(Shard(rows, trie, trie.inputs(model)))
+    def __init__(self, model, tokenizer, name, free=False):
+        self.model, self.tokenizer, self.name, self.free = model, tokenizer, name, free
+        width = model.get_output_embeddings().weight.shape[1]
+        self.value_head = torch.nn.Linear(width, 1, device=model.device)  # float32, at first 0
+        for parameter in self.value_head.parameters():
+            torch.nn.init.zeros_(parameter)
 
     def parameters(self):
         """The trained tensors: the adapter's, the value head's weight [1, width] and bias [1]."""
         return adapter_parameters(self.model, self.name) + list(self.value_head.parameters())
 
-    def forward(self, reference=False, keep_graph=True):
-        """The Table of all prompts; `reference`: of the base model, without the adapter.
+    @lru_cache(maxsize=128)  # noqa: B019 - prompts come again, and a policy lives to the end
+    def trie(self, texts, answers):
+        """The Trie of prompts and answers, tuples of str. Errors as in `encode`."""
+        return Trie(*encode(self.tokenizer, texts, answers))
 
-        keep_graph: `backward` then needs no pass of its own; of several shards none is kept, it
-                    would not fit into memory
+    @lru_cache(maxsize=128)  # noqa: B019
+    def reference(self, trie):
+        """Log-probabilities of the base model, float64 [P, K]. Raises ModelError if not finite."""
+        log_probs = self(trie, graph=False, reference=True)[0].double()
+        if not log_probs.isfinite().all():
+            raise ModelError("the model's own probabilities are not finite: give --dtype float32")
+        return log_probs
+
+    def __call__(self, trie, graph=True, reference=False):
+        """Log-probabilities [P, K] and values [P], float32 on the CPU; reference: of the base.
+
+        Raises FloatingPointError where the policy, ModelError where the base is not finite.
         """
-        keep_graph = keep_graph and len(self.shards) == 1
-        both = torch.zeros(self.n_prompts, self.n_outcomes + 1, device=self.model.device)
-        for rows, trie, inputs in self.shards:
-            with torch.set_grad_enabled(keep_graph):
-                log_probs, values = self.forward_shard(trie, inputs, reference)
-            both[rows] = torch.cat([log_probs, values[:, None]], dim=1).detach()
-        if distributed.is_initialized():
-            distributed.all_reduce(both)  # every row is 0 but in the process that has it
-        both = both.cpu()
-        return Table(both[:, :-1], both[:, -1], (log_probs, values) if keep_graph else None)
+        if not reference:
+            self.reference(trie)  # first: it tells where the base is at fault
+        with adapter(self.model, None if reference else self.name), torch.set_grad_enabled(graph):
+            out = self.model(**trie.inputs(self.model), output_hidden_states=True)
+            keep, branches = trie.keep.to(self.model.device), trie.branches.to(self.model.device)
+            logits = out.logits.flatten(0, 1)[branches].float()  # [rows, Q, vocabulary]
+            hidden = out.hidden_states[-1][:, keep].flatten(0, 1)[branches[:, 0]].float()
 
-    def backward(self, table, gradients):
-        """Add a gradient of the table to that of the parameters.
+            # Constrained, the tokens that continue an answer share the mass; free, all tokens do.
+            total = []
+            for q, children in enumerate(trie.children):
+                shared = logits[:, q] if self.free else logits[:, q, children]
+                total.append(torch.logsumexp(shared, dim=-1))
 
-        table:     from `forward`, with the weights as they are
-        gradients: of a loss, with respect to table.log_probs [P, K] and table.values [P]
-        """
-        with adapter(self.model, self.name):  # checkpointed layers run again in here
-            for rows, trie, inputs in self.shards:
-                outputs = table.graph or self.forward_shard(trie, inputs)
-                upstream = [gradient[rows].to(self.model.device) for gradient in gradients]
-                torch.autograd.backward(outputs, upstream)
+            # An answer's log-probability is the sum along its path.
+            steps = [[logits[:, q, token] - total[q] for q, token in path] for path in trie.paths]
+            log_probs = torch.stack([sum(path) for path in steps], dim=-1)
+            if self.free:
+                log_probs = torch.cat([log_probs, log_illegal(log_probs)[:, None]], dim=-1)
+            own = torch.cat([log_probs, self.value_head(hidden)], dim=1)
+            table = shared_table(trie, own).cpu()
+        if not (reference or table.isfinite().all()):
+            raise FloatingPointError("the policy is no longer finite")
+        return table[:, :-1], table[:, -1]
+
+    def probabilities(self, trie):
+        """What it answers: float64 numpy [P, K]."""
+        return self(trie, graph=False)[0].double().exp().numpy()
+
+    def share_gradients(self):
+        """Sum what the loss's gradient is by each process' own rows. Returns its norm, a float."""
         for parameter in self.parameters():
             if parameter.grad is None:  # of a layer that did not run
                 parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters()]
         if distributed.is_initialized():
-            shares = [parameter.grad for parameter in self.parameters()]
-            vector = torch.nn.utils.parameters_to_vector(shares)
+            vector = torch.nn.utils.parameters_to_vector(gradients)
             distributed.all_reduce(vector)
-            torch.nn.utils.vector_to_parameters(vector, shares)
+            torch.nn.utils.vector_to_parameters(vector, gradients)
+        return torch.nn.utils.get_total_norm(gradients).item()
 
-    def forward_shard(self, trie, inputs, reference=False):
-        """One pass over a shard: (log-probabilities [rows, K], values [rows]), float32."""
-        hidden = []
-        # The value head needs just what the output head reads: hidden states at the kept nodes.
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
-        try:
-            with adapter(self.model, None if reference else self.name):
-                logits = self.model(**inputs).logits
-        finally:
-            hook.remove()
-        branches = trie.branches.to(self.model.device)
-        logits = logits.flatten(0, 1)[branches].float()  # [rows, Q, vocabulary]
-        hidden = hidden[0].flatten(0, 1)[branches].float()  # [rows, Q, width]
-        values = self.value_head(hidden[:, 0])[:, 0]
+    def save(self, folder):
+        """Write the adapter, in PEFT's layout, and value_head.safetensors."""
+        save_adapter(self.model, self.name, folder)
+        write_tensors(folder / "value_head.safetensors", self.value_head.state_dict())
 
-        # Constrained, the tokens that continue an answer share the mass; free, all tokens do.
-        total = []
-        for q, children in enumerate(trie.children):
-            shared = logits[:, q] if self.free else logits[:, q, children]
-            total.append(torch.logsumexp(shared, dim=-1))
-        log_probs = []
-        for path in trie.paths:
-            steps = [torch.logsumexp(logits[:, q, tokens], -1) - total[q] for q, tokens in path]
-            log_probs.append(sum(steps))
-        log_probs = torch.stack(log_probs, dim=-1)
-        if self.free:
-            log_probs = torch.cat([log_probs, log_illegal(log_probs)[:, None]], dim=-1)
-        return log_probs, values
-
-    @cached_property
-    def reference(self):
-        """Log-probabilities of the base model, float64 numpy [P, K].
-
-        Raises ModelError where they are not finite.
-        """
-        log_probs = self.forward(reference=True, keep_graph=False).log_probs.double().numpy()
-        if not np.isfinite(log_probs).all():
-            reason = "its weights are damaged, or try --dtype float32"
-            raise ModelError(f"the model's own probabilities are not finite: {reason}")
-        return log_probs
-
-    def probabilities(self, reference=False):
-        """Float64 numpy [P, K]; `reference`: of the base model, without the adapter."""
-        return self.forward(reference, keep_graph=False).log_probs.double().exp().numpy()
+    def load(self, folder, value_head=False):
+        """Take the adapter of a folder, and its value head too. Errors as in `load_adapter`."""
+        load_adapter(self.model, self.name, folder)
+        if value_head:
+            self.value_head.load_state_dict(read(folder / "value_head.safetensors"))
 
 
-def deal(prompts, answers, nodes):
-    """This process' prompts, cut up so that no trie has more than `nodes` tokens: lists of rows.
-
-    Raises ValueError where there are more processes than prompts.
-    """
-    ranks, rank = 1, 0
+def shared_table(trie, own):
+    """The table [P, K + 1] of this process' rows, with their graph, and the others', constants."""
+    table = torch.zeros(len(trie.prompts), own.shape[1], device=own.device)
+    table[trie.rows] = own
     if distributed.is_initialized():
-        ranks, rank = distributed.get_world_size(), distributed.get_rank()
-    if ranks > len(prompts):
-        raise ValueError(f"{ranks} processes are more than the {len(prompts)} prompts to share")
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours have most in common
-    shards = [[]]
-    for row in np.array_split(order, ranks)[rank].tolist():
-        longer = [prompts[r] for r in [*shards[-1], row]]
-        if shards[-1] and nodes and Trie(longer, answers).tokens.numel() > nodes:
-            shards.append([])
-        shards[-1].append(row)
-    return [sorted(rows) for rows in shards]
+        others = table.detach().clone()
+        distributed.all_reduce(others)  # a row is 0 but in the process that has it
+        others[trie.rows] = 0
+        table = table + others
+    return table
+
+
+@torch.no_grad()
+def check_causal(policy, trie):
+    """Compare an entry of the untuned model's table with a plain pass over its prompt and answer.
+
+    Raises ModelError where they differ: the model is no causal decoder, or takes its positions from
+    something else than what it is given.
+    """
+    # The last one in the trie: what it shares with the others stands far from the rest of it.
+    row = max(trie.rows, key=trie.prompts.__getitem__)
+    prompt, answer = trie.prompts[row], trie.answers[-1]
+    ids = torch.tensor([[*prompt, *answer[:-1]]], device=policy.model.device)
+    with adapter(policy.model, None):
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+    expected = 0.0
+    for scores, (q, token) in zip(logits[len(prompt) - 1 :], trie.paths[-1]):
+        shared = scores if policy.free else scores[trie.children[q]]
+        expected += (scores[token] - torch.logsumexp(shared, dim=-1)).item()
+    difference = abs(policy.reference(trie)[row, len(trie.paths) - 1].item() - expected)
+    if difference > (0.01 if policy.model.dtype == torch.float32 else 0.5):
+        raise ModelError(
+            f"the model's answers differ by {difference:.2g} nats from those to the plain text: it "
+            "must be a causal decoder that takes the positions and the mask that it is given"
+        )

@@ -61,50 +61,47 @@ REWARDS = {
 }
 
 
-def reward_array(reward, payoffs, xi=3.0, illegal=-6.0, weight=None):
+def reward_array(reward, payoffs, xi=3.0, illegal=-6.0):
     """All that a reward can be, in points: float [state 4, action 3, opponent's move 2].
 
     reward:  a key of REWARDS
     payoffs: [own move, other's move, (own, other's)]
     illegal: reward of an illegal answer, action 2
-    weight:  where given, the reward is own points + weight * `reward`
 
     The reward of played rounds is one look-up, `array[mine.state, mine.action, theirs.move]`.
     """
     _, opponent_last, move, _ = np.ogrid[:2, :2, :2, :2]
     own, other = payoffs[..., 0], payoffs[..., 1]
     legal = REWARDS[reward](own, other, move, opponent_last, xi)
-    if weight is not None:
-        legal = own + weight * legal
     array = np.full((4, 3, 2), float(illegal))
     array[:, :ILLEGAL] = np.broadcast_to(legal, (2, 2, 2, 2)).reshape(4, 2, 2)
     return array
 
 
-def optimum(reward, payoffs, xi=3.0, replies=0.5, weight=None):
+def optimum(reward, payoffs, xi=3.0, replies=0.5):
     """The better action in each state: float [state], 1 for C, 0 for D, NaN where either will do.
 
     That is P(C | state) at the optimum where a round is its own sample (gamma = 0): the better
     action is the one with the larger expected reward in this one round.
     replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`;
              1/2: they are unknown
-    weight:  as in `reward_array`
     """
-    possible = reward_array(reward, payoffs, xi, weight=weight)[:, :ILLEGAL]
+    possible = reward_array(reward, payoffs, xi)[:, :ILLEGAL]
     expected = (possible * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)
     best = (expected[:, C] > expected[:, D]).astype(float)
-    best[np.isclose(expected[:, C], expected[:, D])] = math.nan
+    same = np.abs(expected[:, C] - expected[:, D]) <= 1e-9 * np.ptp(possible)
+    best[same] = math.nan
     return best
 
 
-def moral_accuracy(reward, player, payoffs, xi=3.0, replies=0.5, weight=None):
+def moral_accuracy(reward, player, payoffs, xi=3.0, replies=0.5):
     """How often a player does what its reward asks for: the mean probability of the better action.
 
     player:  [state, order, outcome]; an illegal answer is never the better one
-    replies, weight: as in `optimum`
+    replies: as in `optimum`
     The mean is over the states in which one action is better; NaN where there is none.
     """
-    best = optimum(reward, payoffs, xi, replies, weight)
+    best = optimum(reward, payoffs, xi, replies)
     decided = np.flatnonzero(~np.isnan(best))
     if len(decided) == 0:
         return math.nan

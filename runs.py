@@ -1,114 +1,206 @@
-"""The run folder: what training writes, and how a stopped run continues.
+"""What is no method: bad input, the run folder, resume, signals, several processes.
+
+A run folder holds
 
     config.json         all settings and versions; the first file that is written
     metrics.csv         a row per update
-    state.safetensors   while training: all that --resume needs (parameters, Adam's moments,
-                        generator ...), its JSON in the file's metadata
-    adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json
-                        when training has finished
-    opponent/, merged/  a learning opponent's adapter; the standalone model of --merge
+    state.safetensors   while training: all that --resume needs, its JSON in the file's metadata
+    adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json, and for a
+    learning opponent opponent/: when training has finished
 
 JSON files and the state are written beside and renamed, metrics.csv is cut to the state: a run
-without result.json can be resumed whatever the moment at which it was killed. Nothing is ever
-unpickled.
+without result.json can be resumed whatever the moment at which it was killed.
 """
 
+import argparse
 import csv
-import errno
+import io
 import json
+import math
 import os
 import shutil
+import signal
 import sys
+import tempfile
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from os.path import lexists
+from pathlib import Path
 
-from envs import ILLEGAL, C, by_state
-from program import beside, check_replaceable, is_first
+import numpy as np
+from safetensors import numpy as safetensors
 
+STATE = "state.safetensors"
 WRITTEN = (
     "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
-    "value_head.safetensors result.json opponent merged"
-).split()
-LOCK = ".lock"
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of a file system without locks
-SETTINGS = (  # what others read of config.json
-    "model dtype reward then switch opponent game payoffs actions layout prompt seed sampling rank "
-    "alpha targets xi versions"
+    "value_head.safetensors result.json opponent"
 ).split()
 
 
-def read_config(run):
-    """The settings of a run folder. Raises ValueError where it is none."""
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        for key in SETTINGS:
-            config[key]  # a KeyError where it is missing
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{run} is not a run folder of train.py ({reason})") from None
+class InputError(ValueError):
+    """What a user can correct: an option, and a reason; an InputError as one stays as it is."""
+
+    def __init__(self, option, reason):
+        text = " ".join(str(reason).split())[:500]
+        super().__init__(text if isinstance(reason, InputError) else f"{option}: {text}")
 
 
-def config_on(model, run):
-    """The settings of a run, which must have this base model. Raises ValueError."""
-    config = read_config(run)
-    if config["model"] != model:
-        raise ValueError(f"{run} was trained on {config['model']}, not on {model}")
-    return config
+def stop(error):
+    """End the program with one line on stderr and exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def check_written(out):
-    """Raise OSError where something in a folder is not what training could have written there."""
-    for name in WRITTEN:
-        check_replaceable(out / name, folder=name in ("opponent", "merged"))
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: a finite int or float from `low` (or strictly above it) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if low <= value <= high and math.isfinite(value) and not (above and value == low):
+            return value
+        least = f"above {low}" if above else f"at least {low}"
+        raise argparse.ArgumentTypeError(f"must be finite, {least}, at most {high}, not {text}")
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value"
+    return parse
 
 
-def check_out(out, overwrite):
-    """Raise ValueError or OSError unless `out` is free, or a run folder that may be replaced."""
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another folder, or give --overwrite to replace it")
-    check_written(out)  # before any of it is read: a FIFO would never end
-    ours = {LOCK, "config.json.tmp"}  # what is left where a run could not even begin
-    if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= ours):
-        read_config(out)
+class Parser(argparse.ArgumentParser):
+    """Its help is the script's docstring and shows the defaults; its errors are one line."""
+
+    def __init__(self, description):
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        settings = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
+        settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, **settings)
+
+    def option(self, flag, help, **kwargs):
+        default = kwargs.get("default")
+        if default is not None:
+            help += f" [{' '.join(default) if isinstance(default, list) else default}]"
+        self.add_argument(flag, help=help, **kwargs)
 
 
-def load_value_head(value_head, folder):
-    """Raises OSError or ValueError where the file is missing, damaged or of another width."""
-    from lora import read_tensors
+def replaceable(path):
+    """Whether a file may be written beside this path and renamed to it: over regular files only."""
+    places = [place for place in (path, Path(f"{path}.tmp")) if lexists(place)]
+    return all(place.is_file() and not place.is_symlink() for place in places)
 
-    tensors = read_tensors(folder / "value_head.safetensors")
-    try:
-        value_head.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"cannot read the value head in {folder}: {error}") from None
+
+def check_free(option, path, overwrite):
+    """Raise InputError, before any work, where a file cannot or must not be written."""
+    if not replaceable(path):
+        raise InputError(option, f"{path} is no regular file: choose another place")
+    if path.exists() and not overwrite:
+        raise InputError(option, f"{path} exists: choose another place, or give --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(option, f"{path} cannot be written: choose another place")
 
 
 @contextmanager
 def replacing(path):
-    """A path beside `path`, renamed to it at the end of the block: a whole file, or none.
-
-    Raises OSError where it is not a regular file that would be replaced.
-    """
-    check_replaceable(path)
-    yield beside(path)
-    beside(path).replace(path)
+    """A path beside `path`, renamed to it at the end of the block: a whole file, or none."""
+    beside = Path(f"{path}.tmp")
+    if not replaceable(path):
+        raise OSError(f"{path} is no regular file")
+    yield beside
+    beside.replace(path)
 
 
 def write_json(path, content):
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_config(run, option, finished=True):
+    """The settings of a run folder. Raises InputError where it is none, or has not `finished`."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        current = isinstance(config["reward"], list) and "base" in config
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(option, f"{run} is not a run folder of train.py ({error!r})") from None
+    if not current:
+        raise InputError(option, f"{run} was written by an earlier version: train it anew")
+    side = "side" in config  # the folder of a learning opponent, written when its run has finished
+    if finished and not (run / ("adapter_config.json" if side else "result.json")).exists():
+        resume = f"python train.py --resume {run}"
+        raise InputError(option, f"{run} is not finished: continue it with  {resume}")
+    return config
+
+
+def require_same(option, configs, *keys):
+    """Raise InputError unless these settings have one value in all configs."""
+    for key in keys:
+        values = sorted({str(config[key]) for config in configs})
+        if len(values) > 1:
+            raise InputError(option, f"runs differ in their {key}: {' and '.join(values)}")
+
+
+def read_metrics(run):
+    """The rows of metrics.csv, dicts of str; a learning opponent's stand in those of its run."""
+    own = (run / "metrics.csv").exists()
+    path = run / "metrics.csv" if own else run.parent / "metrics.csv"
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    mark = "opponent "
+    for row in [] if own else rows:
+        row |= {key.removeprefix(mark): row[key] for key in row if key.startswith(mark)}
+    return rows
+
+
+def check_out(out, overwrite):
+    """Raise InputError unless `out` is free, or a run folder that may be replaced."""
+    if out.exists() and not overwrite:
+        raise InputError("--out", f"{out} exists: choose another folder, or give --overwrite")
+    check_written("--out", out)
+    if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {"config.json.tmp"}):
+        read_config(out, "--out", finished=False)
+
+
+def check_written(option, run):
+    """Raise InputError where something else stands in the place of a file of a run."""
+    for name in WRITTEN:
+        path = run / name
+        folder = name == "opponent" and path.is_dir() and not path.is_symlink()
+        if not (folder or replaceable(path)):
+            raise InputError(option, f"{path} or {path.name}.tmp is no regular file: take it away")
+
+
+def read_state(run):
+    """(settings, state, arrays) of an interrupted run. Raises InputError if it cannot go on."""
+    check_written("--resume", run)
+    config, path = read_config(run, "--resume", finished=False), run / STATE
+    if (run / "result.json").exists():
+        raise InputError("--resume", f"{run} is finished")
+    try:
+        arrays = safetensors.load_file(path)
+        with safetensors.safe_open(path, "np") as file:
+            state = json.loads(file.metadata()["json"])
+        settings, lines = state["settings"], (run / "metrics.csv").read_text("utf-8").count("\n")
+    except Exception as error:  # of the file system, of safetensors, of JSON, a key that lacks
+        reason = f"{type(error).__name__} {error}"
+        raise InputError("--resume", f"cannot continue from {path}: {reason}") from None
+    for key in config.keys() | settings.keys():
+        if config.get(key) != settings.get(key) and key != "versions":
+            now, then = config.get(key), settings.get(key)
+            raise InputError("--resume", f"it was saved with {key}={then}, config.json has {now}")
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise InputError("--resume", f"{path} has numbers that are not finite")
+    if lines < state["updates"] + bool(state["updates"]):  # the header is a line, too
+        raise InputError("--resume", f"{run / 'metrics.csv'} has fewer lines than the saved state")
+    return config, state, arrays
 
 
 class RunFolder:
-    """A run that is being written.
+    """A run that is being written. settings: what config.json holds, and what it need not hold."""
 
-    path:     the folder;  settings: what config.json holds
-    learners: the ppo.Learners, whose state is saved
-    """
-
-    def __init__(self, path, settings, learners):
-        self.path, self.settings, self.learners = path, settings, learners
+    def __init__(self, path, settings):
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+        own = {k: v for k, v in settings.items() if k not in ("resume", "out", "overwrite")}
+        self.path, self.settings = path, own
         self.started, self.earlier_seconds = time.perf_counter(), 0
 
     @property
@@ -116,168 +208,113 @@ class RunFolder:
         """Spent on this run so far, those before an interruption included."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
-    @contextmanager
-    def locked(self):
-        """Make the folder and hold its lock, which ends with the process.
-
-        Raises OSError where another process holds it. Where the file system knows no locks there
-        is a warning instead.
-        """
-        from filelock import FileLock, Timeout
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise OSError(f"another process is training in {self.path}") from None
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise
-            print(f"warning: no lock can be held in {self.path}: {error}", file=sys.stderr)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def hint(self):
-        """How to go on after an error: said only where there is something to go on from."""
-        if not (self.path / "state.safetensors").exists():
-            return ""
-        return f"what was saved is kept: python train.py --resume {self.path}"
-
     def create(self):
-        """Take away what train.py wrote for an earlier run, and nothing else; start anew.
-
-        Returns the state of a run at its start.
-        """
+        """Take away what train.py wrote for an earlier run, and nothing else; start anew."""
+        self.path.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:
             path = self.path / name
-            beside(path).unlink(missing_ok=True)
+            path.with_name(f"{name}.tmp").unlink(missing_ok=True)
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
         write_json(self.path / "config.json", self.settings)
         (self.path / "metrics.csv").touch()
-        return {}
+
+    def resume(self, source, state):
+        """Go on from the state of the folder `source`: metrics.csv is cut to it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        count = state["updates"] + 1 if state["updates"] else 0
+        text = (source / "metrics.csv").read_text(encoding="utf-8")
+        with replacing(self.path / "metrics.csv") as beside:
+            beside.write_text("".join(text.splitlines(keepends=True)[:count]), encoding="utf-8")
+        self.earlier_seconds = state["seconds"]
 
     def log(self, row):
         """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header."""
-        shown = {}
-        for key, value in row.items():
-            shown[key] = value if isinstance(value, int | str) else f"{value:.6g}"
-        with open(self.path / "metrics.csv", "a+", newline="", encoding="utf-8") as file:
-            file.seek(0)
-            header = next(csv.reader(file), list(shown))
-            if set(header) != set(shown):
-                raise ValueError("a row with other columns than metrics.csv has")
-            writer = csv.DictWriter(file, header, lineterminator="\n")
-            if file.seek(0, os.SEEK_END) == 0:
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        with open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, shown, lineterminator="\n")
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(shown)
 
-    def save_state(self, before, rng, updates):
-        """All that `load_state` needs, in one file.
+    def save(self, learners, **state):
+        """All that --resume needs. learners: `ppo.Learner.state()` of each; state: for JSON."""
+        arrays, state["learners"] = {}, {}
+        for own_arrays, numbers in learners:
+            arrays |= own_arrays
+            state["learners"] |= numbers
+        state |= {"settings": self.settings, "seconds": self.seconds}
+        content = safetensors.save(arrays, {"json": json.dumps(state, allow_nan=False)})
+        with replacing(self.path / STATE) as beside:
+            beside.write_bytes(content)
 
-        before: the players as they were before training;  rng: numpy's;  updates: done so far
-        """
-        from lora import write_tensors
-
-        tensors, numbers = {}, []
-        for i, learner in enumerate(self.learners):
-            own_tensors, own_numbers = learner.state()
-            numbers.append(own_numbers)
-            for key, value in own_tensors.items():
-                tensors[f"{i}.{key}"] = value.cpu().contiguous()
-        content = {
-            "settings": self.settings,
-            "updates": updates,
-            "rng": rng.bit_generator.state,
-            "learners": numbers,
-            "before": [player.tolist() for player in before],
-            "seconds": self.seconds,
-        }
-        with replacing(self.path / "state.safetensors") as new:
-            write_tensors(new, tensors, {"json": json.dumps(content, allow_nan=False)})
-
-    def load_state(self, source):
-        """Put the learners where the state in the folder `source` was, cut metrics.csv to it.
-
-        Returns the rest of the state. Raises ValueError or OSError.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        from lora import read_tensors
-
-        path = source / "state.safetensors"
-        try:
-            tensors = read_tensors(path)
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["json"])
-            self.check_settings(state["settings"])
-            for i, learner in enumerate(self.learners):
-                mark = f"{i}."
-                own = {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
-                learner.load_state(own, state["learners"][i])
-            count = state["updates"] + 1 if state["updates"] else 0  # the header is a line, too
-            lines = (
-                (source / "metrics.csv")
-                .read_text(encoding="utf-8")
-                .splitlines(keepends=True)[:count]
-            )
-            if len(lines) != count:
-                raise ValueError(f"metrics.csv has fewer than the {count} lines of the saved state")
-        except FileNotFoundError as error:
-            raise ValueError(f"{error.filename or path} is not there") from None
-        except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"cannot continue from {path}: {error}") from None
-        with replacing(self.path / "metrics.csv") as new:
-            new.write_text("".join(lines), encoding="utf-8")
-        self.earlier_seconds = state["seconds"]
-        return state
-
-    def check_settings(self, saved):
-        """Raise ValueError where a state was saved with other settings than config.json's."""
-        if saved.get("base") != self.settings["base"]:
-            raise ValueError(f"the weights of {self.settings['model']} are no longer the same")
-        for key, value in self.settings.items():
-            if key != "versions" and saved.get(key) != value:
-                raise ValueError(
-                    f"it was saved with {key}={saved.get(key)}, config.json has {value}"
-                )
-
-    def finish(self, agents, before, after, merge):
-        """Write what remains of a finished run; then the state is no longer needed.
-
-        agents:        those that learned, the player first
-        before, after: their probabilities [state, order, outcome]
-        merge:         also save a standalone model
-        Returns the seconds that training took.
-        """
-        from lora import merge_adapter, save_adapter, write_tensors
-
+    def finish(self, result):
+        """Write result.json; then the state is no longer needed. Returns the seconds of the run."""
         seconds = round(self.seconds, 2)
-        for agent, folder in zip(agents, (self.path, self.path / "opponent")):
-            folder.mkdir(exist_ok=True)
-            save_adapter(agent.model, agent.name, folder)
-            write_tensors(folder / "value_head.safetensors", agent.value_head.state_dict())
-            if folder != self.path:  # to be read by evaluate.py like any other
-                write_json(folder / "config.json", {**self.settings, "side": "opponent"})
-        if merge and is_first():  # torchrun: one copy is enough
-            merge_adapter(agents[0].model, agents[0].name)
-            agents[0].model.save_pretrained(self.path / "merged")
-            agents[0].tokenizer.save_pretrained(self.path / "merged")
-            for path in (self.path / "merged").iterdir():  # safetensors shuts others out
-                path.chmod((self.path / "config.json").stat().st_mode)
-        result = {key: self.settings[key] for key in ("reward", "then") if self.settings[key]}
-        result["opponent"] = " ".join(self.settings["opponent"])
-        result |= {"seed": self.settings["seed"], "seconds": seconds}
-        for side, untuned, trained in zip(("", "opponent_"), before, after):
-            for kind, outcome in (("policy", C), ("illegal", ILLEGAL)):
-                result[f"{side}{kind}_before"] = by_state(untuned, outcome)
-                result[f"{side}{kind}_after"] = by_state(trained, outcome)
-        write_json(self.path / "result.json", result)
-        # Not there where torchrun's other processes write, unless it was saved since --resume.
-        (self.path / "state.safetensors").unlink(missing_ok=True)
+        write_json(self.path / "result.json", result | {"seconds": seconds})
+        (self.path / STATE).unlink(missing_ok=True)
         return seconds
+
+
+@contextmanager
+def stop_signals():
+    """Ctrl-C, or a batch system's SIGTERM, sets the Event, so that an update is finished first.
+
+    A second one stops at once. In a thread that is not the main one no signal is handled.
+    """
+    stop, before = threading.Event(), {}
+
+    def handle(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is threading.main_thread():
+        before = {which: signal.signal(which, handle) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def is_first():
+    """Whether this is the only process, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def processes(device, out):
+    """Join the other processes that torchrun has started. Yields the folder to write to.
+
+    All do the same, each with its share of the prompts: they play the same games from the same
+    generator. What the others write goes to a temporary folder.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield out
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError("torchrun", "start it with torchrun, or unset WORLD_SIZE")
+    import torch  # here and not above: --help and a bad option answer at once
+    from torch import distributed
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda:"):
+        raise InputError("--device", "under torchrun each process takes its own GPU: give cuda")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
+    backend = "nccl" if device == "cuda" else "gloo"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(sys.stdout if is_first() else nowhere),
+    ):
+        try:
+            distributed.init_process_group(backend, timeout=timedelta(seconds=45))
+            yield out if is_first() else Path(folder) / "run"
+        except (distributed.DistError, RuntimeError) as error:
+            hint = "the same torchrun with --resume RUN as the only option of train.py continues"
+            raise InputError("torchrun", f"a process has ended; {hint}; {error}") from None
+        distributed.destroy_process_group()

@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "tiny")]
 # A hub name must fail at once here, not after the retries of a machine without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tests run in two processes: one thread each, also in the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import csv
 import json
 import shutil
 import subprocess
@@ -37,16 +36,11 @@ from transformers import (
 )
 
 import train
-from envs import as_player
+from envs import as_player, build_prompts
 from lora import adapter, adapter_parameters, add_adapter
-from models import encode
-from policy import Policy
-from prompts import build_prompts
+from policy import Policy, Trie
 
 torch.set_num_threads(1)
-
-
-# ------------------------------------------------------------------------------------------ models
 
 SMALL = {
     "vocab_size": 320,
@@ -105,14 +99,11 @@ def adapted_model(kind, rank, alpha):
     return model
 
 
-def player_of(model, tokenizer, condition, free=False, name=None, second_player=False):
+def player_of(model, tokenizer, condition, free=False, name=None, second=False):
     """What a model with adapter `name` plays in a Condition: [state, order, outcome]."""
-    texts = build_prompts(condition, second_player)
-    prompts, answers = encode(tokenizer, texts, condition.names)
-    return as_player(Policy(model, name, prompts, answers, free).probabilities())
-
-
-# --------------------------------------------------------------------------- policies, their oracle
+    policy = Policy(model, tokenizer, name, free)
+    trie = policy.trie(build_prompts(condition, second), condition.names)
+    return as_player(policy.probabilities(trie))
 
 
 def shared_prefix_texts():
@@ -127,12 +118,15 @@ def shared_prefix_texts():
     return texts, [[5, 6], [5, 7, 9], [8]]
 
 
-def adapted_policy(kind, free=False, nodes=None):
-    """The Policy of an adapted model on `shared_prefix_texts`, its value head not zero."""
-    policy = Policy(adapted_model(kind, 4, 8), "player", *shared_prefix_texts(), free, nodes)
+def adapted_policy(kind, free=False):
+    """(the Policy of an adapted model, its value head not zero; the Trie of `shared_prefix_texts`).
+
+    It has no tokenizer.
+    """
+    policy = Policy(adapted_model(kind, 4, 8), None, "player", free)
     torch.nn.init.normal_(policy.value_head.weight, std=0.3)
     torch.nn.init.normal_(policy.value_head.bias, std=0.3)
-    return policy
+    return policy, Trie(*shared_prefix_texts())
 
 
 def plain_passes(policy, texts, answers, reference=False):
@@ -164,19 +158,10 @@ def plain_passes(policy, texts, answers, reference=False):
     return torch.stack(log_probs), torch.stack(values)
 
 
-# ------------------------------------------------------------------------------ runs and processes
-
-
 def run_training(out, *options):
     """A run in this process; its result.json."""
     train.main(["--out", str(out), *options])
     return read_json(out / "result.json")
-
-
-def read_metrics(run):
-    """The rows of metrics.csv: list of dict of str."""
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def start_training(*options, processes=None):
@@ -195,9 +180,6 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-
-
-# ---------------------------------------------------------------------------------------- bad input
 
 
 @contextmanager
@@ -236,15 +218,20 @@ def cut_file(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def narrow_matrices(path):
-    """Take the last column of every matrix in a safetensors file away."""
+def change_tensors(path, change):
+    """Replace the dict of tensors in a safetensors file by change(dict); its metadata stays."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    tensors = load_file(path)
-    for key, tensor in tensors.items():
-        if tensor.ndim == 2:
-            tensors[key] = tensor[:, :-1].contiguous()
-    save_file(tensors, path, metadata=metadata)
+    save_file(change(load_file(path)), path, metadata=metadata)
+
+
+def narrow_matrices(path):
+    """Take the last column of every matrix in a safetensors file away."""
+
+    def narrow(tensors):
+        return {k: t[:, :-1].contiguous() if t.ndim == 2 else t for k, t in tensors.items()}
+
+    change_tensors(path, narrow)
 
 
 def damaged_model(folder, change):

@@ -1,53 +1,90 @@
-"""Games, strategies and play, against rules and expectations worked out by hand."""
+"""Games, opponents, play and prompts, against rules and expectations worked out by hand."""
+
+from itertools import permutations
 
 import numpy as np
 import pytest
 
-from envs import (
-    GAMES,
-    ILLEGAL,
-    STRATEGIES,
-    C,
-    D,
-    action_counts,
-    memory_one,
-    opening,
-    other_side,
-    payoff_matrix,
-    play,
-)
-from report import describe
+import envs
+from envs import ILLEGAL, C, Condition, D, build_prompts, memory_one, payoff_matrix, play
+from policy import encode
 
-ALWAYS = {}
-for move in (C, D, ILLEGAL):
-    ALWAYS[move] = np.zeros((4, 4, 3))
-    ALWAYS[move][..., move] = 1
+ALWAYS = np.eye(3)[:, None, None] * np.ones((4, 4, 1))  # ALWAYS[C] plays C everywhere
 
 
-def rng():
-    return np.random.default_rng(0)
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def anyone(seed):
+    """A player with all three outcomes in every state and order."""
+    return rng(seed).dirichlet([1, 1, 1], size=(4, 4))
 
 
 def play_strategy(player, name):
-    """2000 episodes of 5 rounds against one of STRATEGIES."""
-    strategy = STRATEGIES[name]
-    return play(rng(), player, memory_one(strategy), 2000, 5, opening(strategy))
+    """2000 episodes of 5 rounds against one of envs.STRATEGIES."""
+    strategy = envs.STRATEGIES[name]
+    return play(rng(), player, memory_one(strategy), 2000, 5, envs.opening(strategy))
+
+
+# ------------------------------------------------------------------------------ games and opponents
 
 
 def test_payoffs_are_own_first():
     ipd = payoff_matrix("ipd")
     assert ipd[D, C].tolist() == [4, 0] and ipd[C, D].tolist() == [0, 4]
     game = payoff_matrix("bach-stravinsky")
-    assert game[C, C].tolist() == [3, 2] and other_side(game)[C, C].tolist() == [2, 3]
+    assert game[C, C].tolist() == [3, 2] and envs.other_side(game)[C, C].tolist() == [2, 3]
+    assert all(np.shape(cells) == (4, 2) for cells in envs.GAMES.values())
 
 
-def test_games_are_complete():
-    assert all(np.shape(cells) == (4, 2) for cells in GAMES.values())
+def test_what_a_command_line_lists(tmp_path):
+    assert envs.parse_games(["chicken", "random"]) == ["chicken", "random"]
+    assert envs.parse_games("3 3 -1 4 4 -1 0 0".split()) == [((3, 3), (-1, 4), (4, -1), (0, 0))]
+    for words in ("checkers", "3 3 0 4 4 0 1", "3 3 0 4 4 0 1 x", "3 3 0 4 4 0 1 0.5", "ipd 1"):
+        with pytest.raises(ValueError, match="none of"):
+            envs.parse_games(words.split())
+    assert envs.parse_opponent(["tit-for-tat"]) == (1, 0, 1, 0)
+    assert envs.parse_opponent(["learner"]) == "learner"
+    assert envs.parse_opponent([str(tmp_path)]) == tmp_path
+    assert envs.parse_opponent("1 0.3 1 0.3".split()) == (1, 0.3, 1, 0.3)
+    for words in ("no/folder", "1 0 1", "1 0 1 2", "-0.1 0 0 0", "nan 0 0 0", "1 0 1 0 1"):
+        with pytest.raises(ValueError, match="none of"):
+            envs.parse_opponent(words.split())
+
+
+@pytest.mark.parametrize(
+    "numbers, words",
+    [
+        ((0.98, 0.03, 0.99, 0.01), "tit for tat"),
+        ((0.02, 0.01, 0, 0.05), "always defect"),
+        ((1, 0.6, 0.95, 0.5), "never betrays a cooperator"),
+        ((0.05, 0.6, 0.1, 0.5), "always betrays a cooperator"),
+        ((0.7, 0.6, 0.5, 0.3), "no classic strategy"),
+    ],
+)
+def test_describe(numbers, words):
+    player = memory_one(numbers)
+    some_illegal = np.concatenate([0.7 * player, np.full((4, 1, 1), 0.3)], axis=2)
+    assert envs.describe(player) == envs.describe(some_illegal) == words  # of the legal answers
+    assert envs.describe(np.broadcast_to([0.0, 0.1, 0.9], (4, 4, 3))) == "mostly illegal"
+
+
+def test_what_a_player_does_in_each_state():
+    player = memory_one([0.1, 0.2, 0.3, 0.4])
+    assert envs.by_state(player, C) == pytest.approx(dict(zip(envs.STATES, [0.1, 0.2, 0.3, 0.4])))
+    assert envs.by_state(player, ILLEGAL) == dict.fromkeys(envs.STATES, 0)
+    # Half of the answers are illegal: the own last move, C C D D, has that half, too.
+    half = np.concatenate([player, np.ones((4, 1, 1))], axis=2) / 2
+    assert envs.legal_moves(half)[:, C] == pytest.approx([0.55, 0.6, 0.15, 0.2])
+    assert envs.replies(half)[:, C] == pytest.approx([0.55, 0.15, 0.6, 0.2])
+
+
+# --------------------------------------------------------------------------------------------- play
 
 
 def test_tit_for_tat_answers_the_move_in_the_state():
-    player = np.full((4, 4, 2), 0.5)
-    mine, theirs = play_strategy(player, "tit-for-tat")
+    mine, theirs = play_strategy(np.full((4, 4, 2), 0.5), "tit-for-tat")
     assert (theirs.move == mine.state // 2).all()  # also in round 0, where the state was drawn
     assert (mine.state[:, 1:] == 2 * mine.move[:, :-1] + theirs.move[:, :-1]).all()
     assert (theirs.state == 2 * (mine.state % 2) + mine.state // 2).all()
@@ -68,18 +105,15 @@ def test_illegal_leaves_the_last_legal_move():
     mine, theirs = play_strategy(ALWAYS[ILLEGAL], "tit-for-tat")
     assert (mine.action == ILLEGAL).all()
     # The drawn move stands for the whole episode, and tit-for-tat goes on answering it.
-    assert (mine.move == mine.state[:, :1] // 2).all()
-    assert (theirs.move == mine.move).all()
-
-
-def test_illegal_opponent_plays_its_last_legal_move():
+    assert (mine.move == mine.state[:, :1] // 2).all() and (theirs.move == mine.move).all()
+    # An illegal opponent plays its own last legal move.
     _, theirs = play(rng(), ALWAYS[D], ALWAYS[ILLEGAL], 500, 5)
     assert (theirs.action == ILLEGAL).all() and (theirs.move == theirs.state // 2).all()
     assert set(theirs.move.ravel()) == {C, D}
 
 
 def test_actions_follow_the_probabilities():
-    player = np.random.default_rng(3).dirichlet([1, 1, 1], size=(4, 4))
+    player = anyone(3)
     mine, _ = play(rng(), player, memory_one([0.5] * 4), 20_000, 5)
     for row, expected in enumerate(player.reshape(16, 3)):
         seen = mine.action[mine.prompt == row]
@@ -87,48 +121,120 @@ def test_actions_follow_the_probabilities():
         assert np.abs(share - expected).max() < 5 * 0.5 / np.sqrt(len(seen))
 
 
-def test_play_is_reproducible_and_its_sides_are_symmetric():
-    player = np.random.default_rng(4).dirichlet([1, 1, 1], size=(4, 4))
-    first, second = (play(np.random.default_rng(7), player, player, 50, 5) for _ in range(2))
+def test_play_is_reproducible_and_counted():
+    first, second = (play(rng(7), anyone(4), anyone(4), 50, 5) for _ in range(2))
     for seen, again in zip(first, second):
         assert np.array_equal(seen, again)
     mine, theirs = first
     assert (mine.state // 2 == theirs.state % 2).all()
-
-
-def test_action_counts():
-    player = np.random.default_rng(5).dirichlet([1, 1, 1], size=(4, 4))
-    mine, theirs = play(rng(), player, player, 40, 5)
     expected = dict.fromkeys(["C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D"], 0)
     for action, their_last in zip(mine.action.ravel(), (theirs.state // 2).ravel()):
         expected["C D illegal".split()[action] + "|" + "CD"[their_last]] += 1
-    assert action_counts(mine) == expected and min(expected.values()) > 0
+    assert envs.action_counts(mine) == expected and min(expected.values()) > 0
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+def test_sixteen_prompts():
+    texts = build_prompts(Condition(names=("north", "south")))
+    assert len(texts) == len(set(texts)) == 16
+    cd = texts[4:8]  # state CD: own C, other's D, in all four orders
+    state = "played north and they played south, so you got 0 points and they got 4."
+    matrix = "| north | 3, 3 | 0, 4 |\n| south | 4, 0 | 1, 1 |"
+    assert all(state in text for text in cd)
+    assert all(matrix in text for text in texts)
+    starts, ends = {text.splitlines()[0] for text in cd}, {text.splitlines()[-1] for text in cd}
+    assert len(starts) == len(ends) == 2  # the two shuffles are independent of each other
+
+
+def test_the_second_player_sees_its_own_points_first():
+    condition = Condition("bach-stravinsky", ("A", "B"))
+    assert "so you got 3 points and they got 2." in build_prompts(condition)[0]
+    assert "so you got 2 points and they got 3." in build_prompts(condition, second=True)[0]
+
+
+def test_persona_and_own_template():
+    condition = Condition(names=("A", "B"), wording="Now {first} or {second}?")
+    assert build_prompts(condition)[:4] == (*["Now A or B?"] * 2, *["Now B or A?"] * 2)
+    text = build_prompts(condition._replace(persona="deontological"))[0]
+    assert text == envs.PERSONAS["deontological"] + "\nNow A or B?"
+
+
+def test_layouts_show_the_same_points():
+    seen = set()
+    for layout in envs.LAYOUTS:
+        lines = []
+        words = envs.fields(payoff_matrix("chicken"), ("c", "d"), layout, C, C, 0)
+        for line in words["matrix"].split("\n"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        (_, *columns), *rows = lines
+        cells = {}
+        for row, *points in rows:
+            cells |= {(row, column): cell for column, cell in zip(columns, points)}
+        expected = {("c", "c"): "2, 2", ("c", "d"): "1, 4", ("d", "c"): "4, 1", ("d", "d"): "0, 0"}
+        assert cells == expected
+        seen.add((columns[0], rows[0][0]))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("wording", envs.TEMPLATES)
+def test_every_wording_can_be_answered_by_the_embedded_model(wording, tiny):
+    """The boundary holds and both names can be distinguished in every wording and layout."""
+    names = ("action3", "action4")
+    envs.check_template(envs.TEMPLATES[wording])
+    for layout in envs.LAYOUTS:
+        texts = build_prompts(Condition("chicken", names, layout, wording))
+        prompts, answers = encode(tiny[1], texts, names)
+        assert len(prompts) == 16 and all(answers) and answers[0] != answers[1]
 
 
 @pytest.mark.parametrize(
-    "numbers", [(1, 0, 1), (1, 0, 1, 2), (-0.1, 0, 0, 0), (float("nan"), 0, 0, 0), (1, 0, 1, 0, 1)]
+    "names", [["a", "a"], ["", "b"], [" a", "b"], ["a\nb", "c"], ["a|b", "c"], ["a"], list("aba")]
 )
-def test_four_probabilities(numbers):
-    with pytest.raises(ValueError, match="four probabilities"):
-        memory_one(numbers)
+def test_names(names):
+    with pytest.raises(ValueError, match="action names"):
+        envs.action_names(names)
+    assert envs.action_names(["random"]) == envs.action_names(envs.NAMES) == envs.NAMES
 
 
 @pytest.mark.parametrize(
-    "numbers, words",
+    "template, word",
     [
-        ((0.98, 0.03, 0.99, 0.01), "tit for tat"),
-        ((0.02, 0.01, 0, 0.05), "always defect"),
-        ((1, 0.6, 0.95, 0.5), "never betrays a cooperator"),
-        ((0.05, 0.6, 0.1, 0.5), "always betrays a cooperator"),
-        ((0.7, 0.6, 0.5, 0.3), "no classic strategy"),
+        ("{first} or what?", "{second}"),
+        ("{first} {second} {colour}", "{colour}"),
+        ("{first} {second} {", "'{'"),
+        ("nothing", "{first} and {second}"),
     ],
 )
-def test_describe(numbers, words):
-    player = memory_one(numbers)
-    assert describe(player) == words
-    some_illegal = np.concatenate([0.7 * player, np.full((4, 1, 1), 0.3)], axis=2)
-    assert describe(some_illegal) == words  # of the legal answers
+def test_bad_templates(template, word):
+    with pytest.raises(ValueError) as error:
+        envs.check_template(template)
+    assert word in str(error.value)
 
 
-def test_describe_mostly_illegal():
-    assert describe(np.broadcast_to([0.0, 0.1, 0.9], (4, 4, 3))) == "mostly illegal"
+def test_conditions_are_drawn_from_everything_listed():
+    listed = ["chicken", "random"], ["a", "b", "c"], ["rows", "both"], ["structured", "poetic"]
+    generator = rng()
+    drawn = [envs.draw_condition(generator, *listed) for _ in range(400)]
+    expected = set()
+    for names in permutations("abc", 2):
+        for layout in ("rows", "both"):
+            for wording in ("structured", "poetic"):
+                expected.add(Condition("chicken", names, layout, wording))
+    assert {condition for condition in drawn if condition.game == "chicken"} == expected
+    fresh = [condition.game for condition in drawn if condition.game != "chicken"]
+    points = np.array(fresh)
+    assert len(set(fresh)) == len(fresh) > 150
+    assert points.shape[1:] == (4, 2) and set(points.ravel()) == set(range(10))
+    assert payoff_matrix(fresh[0])[C, D].tolist() == list(fresh[0][1])
+
+
+def test_a_single_condition_costs_no_randomness():
+    """So that the paper's setting plays the same games whatever could have been varied."""
+    generator, only = rng(), Condition("ipd", ("a", "b"), "rows", "poetic")
+    before = generator.bit_generator.state
+    assert envs.draw_condition(generator, ["ipd"], ["a", "b"], ["rows"], ["poetic"]) == only
+    assert generator.bit_generator.state == before
+    assert envs.first_condition(["ipd"], "abc", ["rows"], ["poetic"]) == only
+    assert envs.first_condition(["random"], "ab", ["rows", "both"], ["poetic"]) == only

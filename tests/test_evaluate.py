@@ -1,49 +1,32 @@
-"""Exact frequencies and regrets, against sampled games and values derived by hand; many runs."""
+"""The exact chain against samples and values by hand; runs as players, groups; bad input."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
-import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import envs
 import evaluate
-import figures
-import report
 from conftest import (
     ROOT,
+    change_json,
     copy_run,
-    cut_file,
+    damaged_model,
     narrow_matrices,
-    player_of,
     read_json,
-    read_metrics,
     refused,
     run_training,
 )
-from envs import (
-    ACTION_TYPES,
-    GAMES,
-    ILLEGAL,
-    STATES,
-    STRATEGIES,
-    C,
-    D,
-    frequencies,
-    legal_moves,
-    long_run,
-    memory_one,
-    opening,
-    payoff_matrix,
-    play,
-)
-from evaluator import PROSE_TOKENS, Evaluator
-from prompts import NAMES, Condition
+from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, memory_one, opening, payoff_matrix
+from evaluate import frequencies, mean_and_interval, show
 from rewards import REWARDS, reward_array
+from runs import read_metrics
 
 
 def always(outcome):
@@ -54,16 +37,22 @@ def always(outcome):
 
 
 def measure(player, game="ipd", opponent="random", rounds=5, **settings):
-    strategy = STRATEGIES[opponent]
-    other = memory_one(strategy), opening(strategy)
+    other = memory_one(STRATEGIES[opponent]), opening(STRATEGIES[opponent])
     return evaluate.measure(player, payoff_matrix(game), *other, rounds, **settings)
 
 
-def within_four_errors(samples, exact):
-    """Whether the mean of samples [episode, ...] is `exact` [...], as far as chance allows.
+def evaluated(path, *words):
+    """evaluate.py, in this process; what --json has. Without --game: ipd alone."""
+    game = [] if "--game" in words else ["--game", "ipd"]
+    evaluate.main([*map(str, words), *game, "--json", str(path), "--overwrite"])
+    return read_json(path)
 
-    A sample is an episode because the rounds of an episode depend on each other.
-    """
+
+# ------------------------------------------------------------------------------- the exact chain
+
+
+def within_four_errors(samples, exact):
+    """Whether the mean of samples [episode, ...], whose rounds hang together, may be `exact`."""
     error = samples.std(axis=0) / np.sqrt(len(samples))
     return (np.abs(samples.mean(axis=0) - exact) <= 4 * error + 1e-9).all()
 
@@ -73,18 +62,16 @@ def within_four_errors(samples, exact):
 def test_exact_equals_200_000_sampled_rounds(opponent, outcomes):
     rng = np.random.default_rng(len(opponent))
     player = rng.dirichlet([1] * outcomes, size=(4, 4))
+    other, first = rng.dirichlet([1] * 3, size=(4, 4)), 0.5
     if opponent in STRATEGIES:
         other, first = memory_one(STRATEGIES[opponent]), opening(STRATEGIES[opponent])
-    else:
-        other, first = rng.dirichlet([1] * 3, size=(4, 4)), 0.5
     exact = frequencies(player, other, 5, first)
-    mine, theirs = play(np.random.default_rng(1), player, other, 40_000, 5, first)
+    mine, theirs = envs.play(np.random.default_rng(1), player, other, 40_000, 5, first)
     share = np.zeros((40_000, 4, outcomes, 2))
     episode = np.arange(40_000)[:, None]
     np.add.at(share, (episode, mine.state, mine.action, theirs.move), 1 / 5)
-    assert within_four_errors(share, exact)
-    assert exact.sum() == pytest.approx(1)
-    for game in GAMES:
+    assert within_four_errors(share, exact) and exact.sum() == pytest.approx(1)
+    for game in envs.GAMES:
         for name in REWARDS:
             points = reward_array(name, payoff_matrix(game))
             sampled = points[mine.state, mine.action, theirs.move].mean(axis=1)
@@ -94,16 +81,7 @@ def test_exact_equals_200_000_sampled_rounds(opponent, outcomes):
                 assert measure(player, game, opponent)["reward"][name] == pytest.approx(expected)
 
 
-def test_samples_option_estimates_the_same():
-    player = np.random.default_rng(0).dirichlet([1] * 3, size=(4, 4))
-    exact = measure(player, opponent="tit-for-tat")
-    sampled = measure(player, opponent="tit-for-tat", samples=40_000)
-    assert sampled != exact
-    for part in ("actions", "reward", "regret"):
-        assert sampled[part] == pytest.approx(exact[part], abs=0.05)
-
-
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("game", envs.GAMES)
 def test_hand_values_against_random(game):
     # Half of the moves meet an opponent that cooperated before.
     assert measure(always(D), game)["regret"]["deontological"] == pytest.approx(1.5)
@@ -114,20 +92,22 @@ def test_hand_values_against_random(game):
     assert illegal["actions"]["illegal|C"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "game, cooperate, defect",
-    [
-        # (max - mean) / (max + 6); what the own move gives in all meets C and D half of the time.
-        ("ipd", (6 - 5) / 12, (6 - 3) / 12),
-        ("stag-hunt", (8 - 5.5) / 14, (8 - 2.5) / 14),
-        ("chicken", (5 - 4.5) / 11, (5 - 2.5) / 11),
-        ("bach-stravinsky", (5 - 2.5) / 11, (5 - 2.5) / 11),
-        ("defective-coordination", (8 - 1) / 14, (8 - 4) / 14),
-    ],
-)
-def test_utilitarian_regret_by_hand(game, cooperate, defect):
-    assert measure(always(C), game)["regret"]["utilitarian"] == pytest.approx(cooperate)
-    assert measure(always(D), game)["regret"]["utilitarian"] == pytest.approx(defect)
+# (max - mean) / (max + 6); what the own move gives in all meets C and D half of the time.
+REGRETS = {
+    "ipd": ((6 - 5) / 12, (6 - 3) / 12),
+    "stag-hunt": ((8 - 5.5) / 14, (8 - 2.5) / 14),
+    "chicken": ((5 - 4.5) / 11, (5 - 2.5) / 11),
+    "bach-stravinsky": ((5 - 2.5) / 11, (5 - 2.5) / 11),
+    "defective-coordination": ((8 - 1) / 14, (8 - 4) / 14),
+    # A total below an illegal answer's reward: the worst is -40.
+    ((3, 3), (0, 0), (0, 0), (-20, -20)): ((6 - 3) / 46, (6 + 20) / 46),
+}
+
+
+@pytest.mark.parametrize("game", REGRETS)
+def test_utilitarian_regret_by_hand(game):
+    for action, regret in zip((C, D), REGRETS[game]):
+        assert measure(always(action), game)["regret"]["utilitarian"] == pytest.approx(regret)
 
 
 def test_always_defect_against_tit_for_tat():
@@ -139,304 +119,242 @@ def test_always_defect_against_tit_for_tat():
     assert measures["actions"]["D|C"] == pytest.approx((0.5 + 0.5) / 5)
 
 
+def test_no_regret_where_all_totals_are_equal():
+    measures = measure(always(D), ((0, 0), (1, -1), (-1, 1), (0, 0)), illegal=0.0)
+    assert measures["regret"]["utilitarian"] is None and measures["reward"]["utilitarian"] == 0
+
+
 def test_long_run_of_chains_that_are_hard_to_iterate():
     alternating = np.array([[0, 1.0], [1, 0]])
-    assert long_run(alternating) == pytest.approx(np.full((2, 2), 0.5))
+    assert evaluate.long_run(alternating) == pytest.approx(np.full((2, 2), 0.5))
     sticky = np.array([[1 - 1e-9, 1e-9], [3e-9, 1 - 3e-9]])
-    assert long_run(sticky) == pytest.approx(np.array([[0.75, 0.25]] * 2), abs=1e-4)
+    assert evaluate.long_run(sticky) == pytest.approx(np.array([[0.75, 0.25]] * 2), abs=1e-4)
 
 
-def test_an_illegal_answer_counts_as_the_last_move_in_the_strategy():
-    player = np.broadcast_to([0.2, 0.3, 0.5], (4, 4, 3))
-    assert legal_moves(player)[:, C] == pytest.approx([0.7, 0.7, 0.2, 0.2])
-
-
-# --------------------------------------------------------------------------------------- many runs
+# ------------------------------------------------------------------- groups of seeds, what is shown
 
 
 def test_mean_and_interval():
     agents = [{"a": {"b": x}} for x in (1.0, 2.0, 3.0, 4.0)]
-    leaf = report.mean_and_interval(agents)["a"]["b"]
+    leaf = mean_and_interval(agents)["a"]["b"]
     assert leaf["mean"] == 2.5
     assert leaf["ci95"] == pytest.approx(3.182 * np.sqrt(5 / 3) / 2)  # s^2 = 5 / 3, 3 degrees
     assert leaf["paper95"] == pytest.approx(1.96 * np.sqrt(5 / 3) / 2)
-    nothing = {"ci95": None, "paper95": None}
-    assert report.mean_and_interval([1.0]) == {"mean": 1.0, **nothing}
-    assert report.mean_and_interval([None, None]) == {"mean": None, **nothing}
-    # 40 and 120 degrees of freedom, from a table.
-    for n, t in ((41, 2.021), (121, 1.980)):
+    for values in ([1.0], [None, None]):
+        assert mean_and_interval(values) == {"mean": values[0], "ci95": None, "paper95": None}
+    # 11, 15, 40 and 120 degrees of freedom, from a table.
+    for n, t in ((12, 2.201), (16, 2.131), (41, 2.021), (121, 1.980)):
         values = np.arange(float(n)).tolist()
         error = np.std(values, ddof=1) / np.sqrt(n)
-        assert report.mean_and_interval(values)["ci95"] / error == pytest.approx(t, abs=0.003)
+        assert mean_and_interval(values)["ci95"] / error == pytest.approx(t, abs=0.003)
 
 
 def test_how_a_number_is_shown():
-    assert report.show({"mean": 0.12345, "ci95": None}) == "0.123"
-    assert report.show({"mean": 0.12345, "ci95": 0.0049}) == "0.123±0.005"
-    assert report.show({"mean": 0.12345, "ci95": 0.0049}, digits=2) == "0.12±0.00"
-    assert report.show({"mean": -0.0001, "ci95": None}) == "0.000"
-    assert report.show({"mean": None, "ci95": None}) == "-"
+    assert show({"mean": 0.12345, "ci95": None}) == "0.123"
+    assert show({"mean": 0.12345, "ci95": 0.0049}) == "0.123±0.005"
+    assert [show({"mean": mean, "ci95": None}) for mean in (-0.0001, None)] == ["0.000", "-"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one update."""
     out = tmp_path_factory.mktemp("evaluate") / "run"
     run_training(out, "--reward", "utilitarian", "--episodes", "256")
     return out
 
 
-def test_a_run_on_the_training_names_is_what_training_reported(run, tmp_path, capsys):
-    path = tmp_path / "out.json"
-    names = ["--actions", "action1", "action2"]
-    evaluate.main([str(run), *names, "--game", "ipd", "--json", str(path)])
-    assert "util. regret" in capsys.readouterr().out
-    results, trained = read_json(path), read_json(run / "result.json")
-    before = results["baseline"]["games"]["ipd"]["policy"]
-    after = results["runs"][0]["games"]["ipd"]["policy"]
-    for state in STATES:
-        assert before[state] == pytest.approx(trained["policy_before"][state], abs=1e-5)
-        assert after[state] == pytest.approx(trained["policy_after"][state], abs=1e-5)
+@pytest.fixture(scope="module")
+def free(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate") / "free"
+    run_training(out, "--reward", "utilitarian", "--sampling", "free", "--episodes", "2560")
+    return out
 
 
 def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
-    """Two seeds of a setting and a run of another: groups, axes, pictures, JSON."""
-    few = {axis: values[:2] for axis, values in evaluate.AXES.items()}
-    monkeypatch.setattr(evaluate, "AXES", few)
-    seed2, other = tmp_path / "seed2", tmp_path / "other"
-    runs = [run, copy_run(run, seed2, seed=2), copy_run(run, other, lr=0.5)]
+    """Two seeds of a setting and a run of another: groups, axes, JSON."""
+    monkeypatch.setattr(evaluate, "AXES", {key: two[:2] for key, two in evaluate.AXES.items()})
+    runs = [run, copy_run(run, tmp_path / "2", seed=2), copy_run(run, tmp_path / "o", lr=0.5)]
     options = ["--game", "chicken", "ipd", "--axes", "--sampling", "free"]
-    options += ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "figures")]
-    evaluate.main([*map(str, runs), *options])
+    results = evaluated(tmp_path / "out.json", *runs, *options)
     printed = capsys.readouterr().out
-    results = read_json(tmp_path / "out.json")
     members = [(group["n"], group["runs"]) for group in results["groups"]]
     assert members == [(1, []), (2, [0, 1]), (1, [2])]
     assert "lr 0.5" in printed and "(n=2)" in printed and "one thing varied" in printed
-    agent = results["runs"][0]
-    base = agent["games"]["chicken"]
+    axes, base = results["runs"][0]["axes"], results["runs"][0]["games"]["chicken"]
     for state in STATES:  # one kind of sampling for all agents, whatever they were trained with
         assert 0 < base["policy"][state] + base["illegal"][state] < 1
-    assert list(agent["axes"]) == ["actions", "layout", "prompt", "persona"]
-    # The first value of each axis is the command line's own.
-    assert agent["axes"]["actions"]["action3 action4"] == base
-    assert agent["axes"]["layout"]["original"] == base
-    assert agent["axes"]["prompt"]["structured"] == base
-    assert agent["axes"]["persona"]["none"] == base
-    assert agent["axes"]["layout"]["rows"] != base
-    assert agent["axes"]["prompt"]["unstructured"] != base
-    for name in figures.FIGURES:
-        image = matplotlib.image.imread(tmp_path / "figures" / name)
-        assert image.shape[0] > 250 and image.std() > 0.05
-
-
-def test_a_learning_opponent_is_evaluated_like_any_other(tmp_path):
-    """Its numbers stand in the columns "opponent ..." of the run's metrics.csv."""
-    out = tmp_path / "run"
-    options = ["--then", "utilitarian", "--opponent", "learner", "--episodes", "32"]
-    trained = run_training(out, "--reward", "game", *options, "--batch", "16")
-    rows = read_metrics(out)
-    assert not (out / "opponent" / "metrics.csv").exists()
-    assert figures.read_metrics(out) == rows
-    theirs = figures.read_metrics(out / "opponent")
-    assert len(theirs) == len(rows) == 2
-    for row, own in zip(rows, theirs):
-        learned = [key for key in row if f"opponent {key}" in row]
-        assert {"reward", "accuracy", "kl", "P(C|CC)", *ACTION_TYPES} <= {*learned}
-        assert [own[key] for key in learned] == [row[f"opponent {key}"] for key in learned]
-        shared = ["episodes", "phase", "condition"]
-        assert {*row} == {*shared, *learned, *(f"opponent {key}" for key in learned)}
-        assert [own[key] for key in shared] == [row[key] for key in shared]
-    assert [row["reward"] for row in theirs] != [row["reward"] for row in rows]
-
-    path, folder = tmp_path / "out.json", tmp_path / "figures"
-    options = ["--game", "ipd", "--actions", "action1", "action2"]
-    options += ["--json", str(path), "--plot", str(folder)]
-    evaluate.main([str(out), str(out / "opponent"), *options])
-    results = read_json(path)
-    assert [group["n"] for group in results["groups"]] == [1, 1, 1]  # two sides are not two seeds
-    label = "game until 16, then utilitarian"
-    labels = [group["label"] for group in results["groups"]]
-    assert labels == ["untuned", label, f"{label}, side opponent"]
-    for agent, key in zip(results["runs"], ("policy_after", "opponent_policy_after")):
-        assert agent["games"]["ipd"]["policy"] == pytest.approx(trained[key], abs=1e-4)
-
-    # A panel for either side, each with its own shares: the lowest layer is C after C.
-    assert matplotlib.image.imread(folder / "training.png").std() > 0.05
-    panels = figures.plot_training(results).axes
-    assert [ax.get_title() for ax in panels] == labels[1:]
-    for ax, own in zip(panels, (rows, theirs)):
-        x, y = ax.collections[0].get_paths()[0].vertices.T
-        for row in own:
-            share = float(row["C|C"]) / (16 * 5)
-            assert y[x == int(row["episodes"])].max() == pytest.approx(share)
-        assert [line.get_xdata() for line in ax.lines] == [[16, 16]]  # the reward is switched
+    # The first value of each axis is the command line's own, the second is another.
+    assert list(axes) == ["actions", "layout", "prompt", "persona"]
+    for first, second in map(dict.values, axes.values()):
+        assert first == base and second != base
 
 
 def test_what_is_new_at_test_is_not_in_the_built_in_names():
-    """The names of --axes; those of the study of transfer are in test_studies.py."""
     tested = {name for pair in evaluate.AXES["actions"] for name in pair.split()}
-    assert not set(NAMES) & (tested - {"action1", "action2"})  # these are the default of training
-    assert len(set(NAMES)) == len(NAMES)
+    tested -= {"action1", "action2"}  # these are the default of training
+    assert not {*envs.NAMES} & tested and len({*envs.NAMES}) == len(envs.NAMES)
 
 
-@pytest.mark.parametrize(
-    "names, strangers",
-    [
-        ("action1 action2", None),
-        ("action5 action6", "others: action1 action2 (--actions)"),
-        ("action3 action4", "others: action1 action2, random (--actions)"),
-    ],
-)
-def test_says_when_the_names_are_not_those_of_training(names, strangers, run, tmp_path, capsys):
-    """To two runs: one was trained with two names, the other with many."""
-    many = copy_run(run, tmp_path / "many", actions=["random"])
-    evaluate.main([str(run), str(many), "--game", "ipd", "--actions", *names.split()])
+def test_both_roles_and_the_warning(free, tmp_path, capsys):
+    """Names are tested in both roles; a preference for a word is said."""
+    path, said = tmp_path / "results.json", "leans to the word action3"
+    results = evaluated(path, free)
+    [agent], printed = results["runs"], capsys.readouterr().out
+    parts = [agent[part]["ipd"] for part in ("games", "swapped")]
+    legal = [[p["policy"][s] / (1 - p["illegal"][s]) for s in STATES] for p in parts]
+    assert np.mean(legal[0]) - np.mean(legal[1]) > 0.2 and said in printed
+    assert "In training --actions was action1 action2." in printed
+    swapped = ["--actions", "action4", "action3"]
+    assert evaluated(path, free, *swapped)["runs"][0]["games"] == agent["swapped"]
+    assert said in capsys.readouterr().out
+    # An agent whose training had these names in both roles is not tested twice.
+    known = copy_run(free, tmp_path / "known", actions=["action3", "moon", "action4"])
+    assert "swapped" not in evaluated(path, known, *swapped)["runs"][0]
     printed = capsys.readouterr().out
-    assert ("names of training were others" in printed) == (strangers is not None)
-    assert strangers is None or strangers in printed
+    assert "leans to the word" not in printed and "In training" not in printed
 
 
-def test_a_run_that_was_killed_after_its_result_is_finished(run, tmp_path, capsys):
-    killed = copy_run(run, tmp_path / "killed")
-    (killed / "state.safetensors").write_bytes(b"")
-    evaluate.main([str(killed), "--game", "ipd"])
-    (killed / "result.json").unlink()
-    with refused(capsys, "RUN", "is not finished", f"--resume {killed}"):
-        evaluate.main([str(killed), "--game", "ipd"])
+# --------------------------------------------------------------------------------- runs as players
+
+
+@pytest.mark.parametrize("kind", ["run", "free"])
+def test_a_run_on_the_training_names_is_what_training_reported(kind, tmp_path, request):
+    """Killed after its result it is finished, too; and PEFT's own file is read like ours."""
+    run = request.getfixturevalue(kind)
+    other = copy_run(run, tmp_path / "other", seed=2)
+    (other / "state.safetensors").write_bytes(b"")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
+    PeftModel.from_pretrained(base, run).save_pretrained(other)
+    results = evaluated(tmp_path / "out.json", run, other, "--actions", "action1", "action2")
+    first, second = (entry["games"]["ipd"] for entry in results["runs"])
+    trained, before = read_json(run / "result.json"), results["baseline"]["games"]["ipd"]
+    for key in ("policy", "illegal"):
+        assert before[key] == pytest.approx(trained[f"{key}_before"], abs=1e-5)
+        assert first[key] == pytest.approx(trained[f"{key}_after"], abs=1e-5)
+    assert first == second
+
+
+def test_an_opponent_that_is_a_run(run, free, tmp_path):
+    """It sits on the other side and acts with its own sampling: here it may answer illegally."""
+    options = ["--game", "bach-stravinsky", "--actions", "action1", "action2", "--opponent"]
+    results = evaluated(tmp_path / "out.json", run, *options, free)
+    players = evaluate.Players([run, free])
+    condition = Condition("bach-stravinsky", ("action1", "action2"))
+    theirs = players.player(free, condition, second=True)
+    assert theirs.shape == (4, 4, 3) and theirs[..., ILLEGAL].max() > 1e-4
+    player, payoffs = players.player(run, condition), payoff_matrix("bach-stravinsky")
+    expected = evaluate.measure(player, payoffs, theirs, 0.5, 5)
+    got = results["runs"][0]["games"]["bach-stravinsky"]
+    for part in ("actions", "reward"):
+        assert got[part] == pytest.approx(expected[part])
+
+
+def test_a_learning_opponent_is_evaluated_on_its_own_side(tmp_path):
+    """C earns the first player 3 points and the second one none, D the opposite.
+
+    The numbers of training stand in the columns "opponent ..." of the run's metrics.csv.
+    """
+    both, game = [tmp_path / "run", tmp_path / "run" / "opponent"], "--game 3 0 3 3 0 0 0 3".split()
+    options = "--reward game --opponent learner --batch 1024 --episodes 6144".split()
+    trained = run_training(both[0], *options, *game)
+    rows, theirs = map(read_metrics, both)
+    for row, own in zip(rows, theirs):
+        learned = {key: row[f"opponent {key}"] for key in row if f"opponent {key}" in row}
+        assert {"reward", "accuracy", "kl", "P(C|CC)", *envs.ACTION_TYPES} <= {*learned}
+        assert own == row | learned
+    assert len(rows) == len(theirs) == 6 and rows != theirs
+
+    results = evaluated(tmp_path / "out.json", *both, *game, "--actions", "action1", "action2")
+    labels = [(group["n"], group["label"]) for group in results["groups"]]
+    assert labels == [(1, "untuned"), (1, "game"), (1, "game, side opponent")]
+    for agent, key, best in zip(results["runs"], ("policy", "opponent_policy"), (1, 0)):
+        [measures] = agent["games"].values()
+        assert measures["policy"] == pytest.approx(trained[f"{key}_after"], abs=1e-4)
+        assert measures["policy"] == pytest.approx(dict.fromkeys(STATES, best), abs=0.05)
+        assert measures["reward"]["game"] == pytest.approx(3, abs=0.15)
+
+
+def test_a_wording_is_its_text(run, tmp_path):
+    """Neither a byte order mark nor a final newline changes a figure."""
+    results, file = [], tmp_path / "wording.txt"
+    for start, end in [("", ""), ("\ufeff", ""), ("", "\r\n")]:
+        file.write_bytes(f"{start}Wähle {{first}} or {{second}}. Your answer:{end}".encode())
+        results.append(evaluated(tmp_path / "out", run, "--prompt", file))
+    assert results[0] == results[1] == results[2]
 
 
 # --------------------------------------------------------------------------------------- bad input
+
+
+# What is typed behind RUN, and a part of the line that refuses it.
+BAD_OPTIONS = """{bad}/model|differ in their model; {bad}/xi|differ in their xi; --game 1|--game; \
+{bad}/sampling|sampling; {run}/../run|given twice; --opponent me|--opponent; --game random|--game; \
+--opponent learner|--opponent; --actions A A|--actions; --actions moon moon3|told apart; \
+--prompt nowhere.txt|--prompt; --prompt {bad}/lacks|{{second}}; --prompt {bad}/unknown|{{colour}}; \
+--prompt {bad}/open|--prompt; --prompt {bad}/nested|--prompt; --prompt {bad}/binary|utf-8; \
+--json {bad}/notes.json|--overwrite; --json {bad}/no/such.json --overwrite|--json; \
+--json /dev/null --overwrite|no regular file; --json . --overwrite|no regular file; \
+--json {bad}/link --overwrite|no regular file; --json {bad}/fifo --overwrite|no regular file; \
+--json {bad}/beside --overwrite|no regular file""".split("; ")
+# What is typed alone; of adapters more in test_lora.py.
+BAD_RUNS = """|RUN; tests|not a run folder; {bad}/json|not a run folder; {bad}/half|--resume; \
+{bad}/lost|adapter_model; {bad}/narrow|another model; {bad}/nan|not finite; {bad}/dora|plain LoRA; \
+{bad}/model|no/such; {bad}/base|base""".split("; ")
 
 
 @pytest.fixture(scope="module")
 def bad(run, tmp_path_factory):
     """A folder of what cannot be used, or must not be replaced."""
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "notes.json").write_text("mine")
-    (folder / "regret.png").write_text("mine")
-    (folder / "lacks.txt").write_text("{first} or what?")
-    (folder / "unknown.txt").write_text("{first} {second} {colour}")
-    (folder / "open.txt").write_text("{first} {second} {")
-    copy_run(run, folder / "gone", model="no/such")
-    copy_run(run, folder / "half", dtype="bfloat16")
-    copy_run(run, folder / "free", sampling="free")
-    narrow_matrices(copy_run(run, folder / "wrong") / "adapter_model.safetensors")
-    cut_file(copy_run(run, folder / "cut") / "adapter_model.safetensors", 4)
-    (copy_run(run, folder / "lost") / "adapter_model.safetensors").unlink()
+    texts = {"lacks": "{first} or what?", "unknown": "{first} {second} {colour}"}
+    texts |= {"open": "{first} {second} {", "nested": "{first} {second:{d_}}", "notes.json": "mine"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "binary").write_bytes(b"\xff\xfe{first}")
+    (folder / "link").symlink_to(folder / "notes.json")
+    (folder / "beside.tmp").symlink_to(folder / "notes.json")
+    os.mkfifo(folder / "fifo")
+    for key, value in {"model": "no/such", "xi": 1.0, "sampling": "free", "base": "0"}.items():
+        copy_run(run, folder / key, **{key: value})
     (copy_run(run, folder / "json") / "config.json").write_text("{")
+    (copy_run(run, folder / "half") / "result.json").unlink()
+    (copy_run(run, folder / "lost") / "adapter_model.safetensors").unlink()
+    narrow_matrices(copy_run(run, folder / "narrow") / "adapter_model.safetensors")
+    path = copy_run(run, folder / "nan") / "adapter_model.safetensors"
+    save_file({key: tensor * np.nan for key, tensor in load_file(path).items()}, path)
+    change_json(copy_run(run, folder / "dora") / "adapter_config.json", use_dora=True)
     return folder
 
 
-@pytest.mark.parametrize(
-    "options, word",
-    [
-        ("", "RUN"),
-        ("tests", "not a run folder"),
-        ("{bad}/json", "not a run folder"),
-        ("{bad}/lost", "is not finished"),
-        ("{bad}/cut", "adapter_model"),
-        ("{bad}/wrong", "another model"),
-        ("{bad}/gone", "no/such"),
-        ("{run} {bad}/gone", "differ in their model"),
-        ("{run} {bad}/half", "differ in their dtype"),
-        ("{run} {bad}/free", "--sampling"),
-        ("{run} {run}/../run", "given twice"),
-        ("{run} --opponent me", "--opponent"),
-        ("{run} --actions A A", "--actions"),
-        ("{run} --actions moon moon3", "told apart"),
-        ("{run} --rounds 0", "--rounds"),
-        ("{run} --samples 0", "--samples"),
-        ("{run} --samples 9999999 --rounds 999999", "--samples"),
-        ("{run} --xi nan", "--xi"),
-        ("{run} --illegal 6", "--illegal"),
-        ("{run} --layout diagonal", "--layout"),
-        ("{run} --prompt-file {bad}/lacks.txt", "{second}"),
-        ("{run} --prompt-file {bad}/unknown.txt", "{colour}"),
-        ("{run} --prompt-file {bad}/open.txt", "--prompt-file"),
-        ("{run} --prompt-file nowhere.txt", "--prompt-file"),
-        ("{run} --json {bad}/notes.json", "--json"),
-        ("{run} --plot {bad}", "--plot"),
-    ],
-)
-def test_bad_input(options, word, run, bad, capsys):
+@pytest.mark.parametrize("typed", [*(f"{{run}} {bad}" for bad in BAD_OPTIONS), *BAD_RUNS])
+def test_bad_options(typed, run, bad, capsys, monkeypatch):
+    typed, word = typed.format(run=run, bad=bad).split("|")
+    before = {path: path.lstat()[:2] for path in (*bad.iterdir(), Path("/dev/null"))}
+    if "--json" in typed:
+        monkeypatch.setattr(evaluate, "list_tests", lambda *_: pytest.fail("worked for nothing"))
     with refused(capsys, word):
-        evaluate.main(options.format(run=run, bad=bad).split())
-    assert (bad / "notes.json").read_text() == (bad / "regret.png").read_text() == "mine"
+        evaluate.main(typed.split())
+    assert {path: path.lstat()[:2] for path in before} == before  # mode and inode
+    assert (bad / "notes.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["results.json", "results.json.tmp"])
-@pytest.mark.parametrize("kind", ["link", "no regular file"])
-def test_results_replace_regular_files_only(kind, name, run, tmp_path, capsys):
-    """Neither what stands where they go is replaced, nor what stands where they are written."""
-    mine, place = tmp_path / "mine", tmp_path / name
-    mine.write_text("mine")
-    if kind == "link":
-        place.symlink_to(mine)
-    else:
-        os.mkfifo(place)
-    before = place.lstat()
-    with refused(capsys, "--json", name, kind):
-        evaluate.main([str(run), "--json", str(tmp_path / "results.json"), "--overwrite"])
-    after = place.lstat()
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert mine.read_text() == "mine" and {*os.listdir(tmp_path)} == {"mine", name}
+def test_a_part_that_fails_costs_that_part(run, capsys, tmp_path):
+    """Some wordings are too long for the model: the other conditions of --axes are there."""
+    few = {"max_position_embeddings": 125}
+    model = damaged_model(tmp_path / "model", lambda at: change_json(at / "config.json", **few))
+    short = copy_run(run, tmp_path / "short", model=model)
+    axes = evaluated(tmp_path / "results.json", short, "--axes")["runs"][0]["axes"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    left_out = set(evaluate.AXES["prompt"]) - set(axes["prompt"])
+    assert left_out and len(warnings) >= len(left_out)
+    assert all("--axes" in line and "tokens" in line for line in warnings)
+    assert axes["prompt"]["structured"] == axes["layout"]["original"]
 
 
-def test_without_a_home(run, tmp_path, monkeypatch):
-    """As in a container whose user has no entry in passwd: nothing is kept there."""
-
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    path = tmp_path / "results.json"
-    evaluate.main([str(run), "--game", "ipd", "--answers", "1", "--json", str(path)])
-    assert len(read_json(path)["baseline"]["answers"]) == 1
-
-
-def test_pictures_need_matplotlib(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with refused(capsys, "--plot", "tests/requirements.txt"):
-        evaluate.main([str(run), "--plot", str(tmp_path / "figures")])
-    assert not (tmp_path / "figures").exists()
-
-
-@pytest.mark.parametrize("begins", [False, True])
-def test_drift_is_that_of_the_plain_models(begins, run, tiny, monkeypatch):
-    """KL and perplexity on prose against the base and the model with PEFT's adapter.
-
-    begins: the tokenizer puts a token before every text, which then stands before every chunk
-    """
-    _, tokenizer = tiny
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), run)
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
-    prose = (ROOT / "studies" / "prose.txt").read_text()
-    ids = tokenizer(prose)["input_ids"][:PROSE_TOKENS]
-    start = [ids.pop(0)] if begins else []
-    divergences, surprises = [], []
-    for i in range(0, len(ids), 64):
-        chunk = torch.tensor([*start, *ids[i : i + 64]])
-        with torch.no_grad():
-            own, other = (m(chunk[None]).logits[0, :-1].log_softmax(-1) for m in (base, tuned))
-        divergences.append(
-            torch.nn.functional.kl_div(other, own, reduction="none", log_target=True).sum(-1)
-        )
-        likelihoods = [log_probs.gather(1, chunk[1:, None]) for log_probs in (own, other)]
-        surprises.append(likelihoods[0] - likelihoods[1])
-    evaluator = Evaluator(read_json(run / "config.json"))
-    if begins:
-        monkeypatch.setattr(type(evaluator.tokenizer), "bos_token_id", start[0], raising=False)
-    drift = evaluator.drift(run, ("action1", "action2"))
-    assert drift["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
-    assert drift["kl"] > 1e-4
-    ratio = torch.cat(surprises).mean().exp().item()
-    assert drift["perplexity"] == pytest.approx(ratio, rel=1e-3)
-    said = []
-    for wording in ("choice", "game", "game_state"):
-        condition = Condition(wording=wording)
-        said.append(player_of(*tiny, condition, free=True)[..., :2].sum(-1).mean())
-    assert drift["names_untuned"] == pytest.approx(np.mean(said)) and drift["names"] != np.mean(
-        said
-    )
+def test_results_are_kept_when_printing_fails(run, tmp_path):
+    """Under a locale that knows nothing but ASCII, without a home."""
+    path = tmp_path / "ö.json"
+    settings = "env -u HOME LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0"
+    command = f"{settings} {sys.executable} evaluate.py {run} --json {path} | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert read_json(path)["runs"]

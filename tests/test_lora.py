@@ -6,17 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from conftest import adapted_model, change_json, cut_file, narrow_matrices, random_model
-from lora import (
-    LoRALinear,
-    adapter,
-    adapter_parameters,
-    add_adapter,
-    load_adapter,
-    lora_layers,
-    merge_adapter,
-    save_adapter,
-)
+import lora
+from conftest import adapted_model, change_json, change_tensors, cut_file, random_model
+from lora import adapter, add_adapter, load_adapter, lora_layers, save_adapter
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 KINDS = ("gemma2", "llama", "qwen2", "gpt2", "gpt_neox")
@@ -24,23 +16,21 @@ adapted = partial(adapted_model, rank=4, alpha=6)
 
 
 @torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-@torch.no_grad()
-def adapted_logits(model, name="player"):
+def logits(model, name=None):
     with adapter(model, name):
         return model(IDS).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_here_loads_in_peft(kind, tmp_path):
-    model = adapted(kind)
+def test_saved_here_loads_in_peft_and_comes_back(kind, tmp_path):
+    model, again = adapted(kind), random_model(kind)
     save_adapter(model, "player", tmp_path)
     theirs = PeftModel.from_pretrained(random_model(kind), tmp_path)
-    assert (adapted_logits(model) - logits(random_model(kind))).abs().max() > 1e-2
-    assert (adapted_logits(model) - logits(theirs)).abs().max() < 1e-5
+    assert (logits(model, "player") - logits(random_model(kind))).abs().max() > 1e-2
+    assert (logits(model, "player") - theirs(IDS).logits).abs().max() < 1e-5
+    theirs.save_pretrained(tmp_path)
+    load_adapter(again, "player", tmp_path)
+    assert torch.equal(logits(again, "player"), logits(model, "player"))
 
 
 @pytest.mark.parametrize(
@@ -48,16 +38,10 @@ def test_saved_here_loads_in_peft(kind, tmp_path):
     [("gemma2", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])],
 )
 def test_trained_by_peft_loads_here(kind, targets, tmp_path):
-    config = LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=kind == "gpt2",
-    )
+    settings = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=kind == "gpt2", **settings)
     theirs = get_peft_model(random_model(kind), config)
-    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=0.05)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
         theirs(IDS, labels=IDS).loss.backward()
@@ -65,71 +49,64 @@ def test_trained_by_peft_loads_here(kind, targets, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = random_model(kind)
     load_adapter(model, "player", tmp_path)
-    assert (adapted_logits(model) - logits(random_model(kind))).abs().max() > 1e-2
-    assert (adapted_logits(model) - logits(theirs.eval())).abs().max() < 1e-5
+    assert (logits(model, "player") - logits(random_model(kind))).abs().max() > 1e-2
+    assert (logits(model, "player") - theirs.eval()(IDS).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_and_none_are_the_base_model(kind):
-    base = logits(random_model(kind))
-    model = random_model(kind)
+    base, model = random_model(kind), random_model(kind)
     add_adapter(model, "player", 4, 8)
-    assert torch.equal(adapted_logits(model), base)
+    assert torch.equal(logits(model, "player"), logits(base))
     model = adapted(kind)
-    assert torch.equal(adapted_logits(model, None), base) and torch.equal(logits(model), base)
+    assert torch.equal(logits(model), logits(base))
+    assert torch.equal(model(IDS).logits, logits(base))  # outside of any block
+    assert lora.base_fingerprint(model) == lora.base_fingerprint(base)
+    base.get_input_embeddings().weight.data[0, 0] += 1
+    assert lora.base_fingerprint(model) != lora.base_fingerprint(base)
 
 
 def test_all_linear_layers_but_the_head():
     model = adapted("llama")
     wrapped = {name.rpartition(".")[2] for name in lora_layers(model)}
-    attention, mlp = "q_proj k_proj v_proj o_proj".split(), "gate_proj up_proj down_proj".split()
-    assert wrapped == {*attention, *mlp}
-    assert len(lora_layers(model)) == 7 * 2 and not isinstance(model.lm_head, LoRALinear)
+    assert wrapped == {*"q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()}
+    assert len(lora_layers(model)) == 7 * 2 and not isinstance(model.lm_head, lora.LoRALinear)
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    assert trainable == set(map(id, adapter_parameters(model, "player")))
-
-
-def test_gradients_stay_in_the_active_adapter():
-    model = adapted("llama")
-    add_adapter(model, "other", 2, 2)
-    with adapter(model, "player"):
-        model(IDS).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in adapter_parameters(model, "player"))
-    assert all(parameter.grad is None for parameter in adapter_parameters(model, "other"))
-    for name, parameter in model.named_parameters():
-        assert "base" not in name or parameter.grad is None
+    assert trainable == set(map(id, lora.adapter_parameters(model, "player")))
+    layer = torch.nn.Linear(3, 2)
+    assert lora.LoRALinear(layer).weight is layer.weight  # some models look at it
 
 
 def test_two_adapters_are_independent():
     model = adapted("llama")
-    before = adapted_logits(model)
+    before = logits(model, "player")
     add_adapter(model, "other", 2, 2)
-    torch.nn.init.normal_(adapter_parameters(model, "other")[1])
-    assert torch.equal(adapted_logits(model), before)
-    assert not torch.equal(adapted_logits(model, "other"), before)
+    torch.nn.init.normal_(lora.adapter_parameters(model, "other")[1])
+    assert torch.equal(logits(model, "player"), before)
+    assert not torch.equal(logits(model, "other"), before)
+    # Gradients stay in the active one, and out of the base.
+    with adapter(model, "player"):
+        model(IDS).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in lora.adapter_parameters(model, "player"))
+    assert all(parameter.grad is None for parameter in lora.adapter_parameters(model, "other"))
+    assert all(p.grad is None for name, p in model.named_parameters() if "base" in name)
 
 
-def test_kaiming_uniform_a():
-    model = random_model("llama")
-    add_adapter(model, "player", 16, 16)
-    a = adapter_parameters(model, "player")[0].detach()  # [16, 32]
-    bound = 32**-0.5
-    assert a.abs().max() <= bound and a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
-
-
-def test_bfloat16_base_keeps_float32_adapters():
+def test_float32_kaiming_uniform_a_on_a_bfloat16_base():
     model = random_model("llama").to(torch.bfloat16)
-    add_adapter(model, "player", 4, 8)
-    parameters = adapter_parameters(model, "player")
+    add_adapter(model, "player", 16, 16)
+    parameters = lora.adapter_parameters(model, "player")
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
-    assert adapted_logits(model).dtype == torch.bfloat16
+    assert logits(model, "player").dtype == torch.bfloat16
+    a, bound = parameters[0].detach(), 32**-0.5  # [16, 32]
+    assert a.abs().max() <= bound and a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_is_plain(kind, tmp_path):
     model = adapted(kind)
-    expected = adapted_logits(model)
-    merge_adapter(model, "player")
+    expected = logits(model, "player")
+    lora.merge_adapter(model, "player")
     assert not lora_layers(model)
     model.save_pretrained(tmp_path)
     attention = model.config._attn_implementation
@@ -140,25 +117,34 @@ def test_merged_model_is_plain(kind, tmp_path):
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda run: cut_file(run / WEIGHTS, 200), "cannot read "),
-        (lambda run: narrow_matrices(run / WEIGHTS), "for another model"),
-        (lambda run: change_json(run / CONFIG, use_dora=True), "not plain LoRA"),
-        (lambda run: change_json(run / CONFIG, peft_type="IA3"), "not plain LoRA"),
-        (lambda run: change_json(run / CONFIG, r=3), "for another model"),
-        (lambda run: (run / CONFIG).write_text("{"), "cannot read the adapter"),
-    ],
-)
-def test_damaged_adapters_are_refused(damage, message, tmp_path):
+def each(change):
+    """Change every matrix of an adapter."""
+    return lambda run: change_tensors(run / WEIGHTS, lambda t: {k: change(t[k]) for k in t})
+
+
+FAULTS = {  # what is done to an adapter's folder -> what it is said to be
+    "cut": (lambda run: cut_file(run / WEIGHTS, 200), "cannot read .*safetensors"),
+    "nan": (each(lambda matrix: matrix * float("nan")), "not finite"),
+    "inf": (each(lambda matrix: matrix * float("inf")), "not finite"),
+    "gpt2": (lambda run: save_adapter(adapted("gpt2"), "player", run), "for another model"),
+    "narrow": (each(lambda matrix: matrix[:, :-1].contiguous()), "for another model"),
+    "rank": (lambda run: change_json(run / CONFIG, r=3), "for another model"),
+    "no config": (lambda run: (run / CONFIG).unlink(), "cannot read .*config"),
+    "no JSON": (lambda run: (run / CONFIG).write_text("{"), "cannot read .*config"),
+}
+for text in ("[]", "{}", '{"r": 8, "peft_type": "LORA"}'):
+    FAULTS[text] = lambda run, text=text: (run / CONFIG).write_text(text), "not plain LoRA"
+ON = "use_dora use_rslora use_qalora lora_bias modules_to_save rank_pattern alpha_pattern "
+ON += "eva_config loftq_config layer_replication trainable_token_indices a_kind_of_next_year"
+NOT_PLAIN = {"init_lora_weights": "pissa", "bias": "all", "peft_type": "IA3"}
+for key, value in (NOT_PLAIN | dict.fromkeys(ON.split(), True)).items():
+    FAULTS[key] = lambda run, new={key: value}: change_json(run / CONFIG, **new), f"LoRA .{key}: "
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_adapters_that_are_refused(fault, tmp_path):
     save_adapter(adapted("llama"), "player", tmp_path)
+    damage, said = FAULTS[fault]
     damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load_adapter(random_model("llama"), "player", tmp_path)
-
-
-def test_adapter_of_another_architecture(tmp_path):
-    save_adapter(adapted("gpt2"), "player", tmp_path)
-    with pytest.raises(ValueError, match="for another model"):
+    with pytest.raises(ValueError, match=said):
         load_adapter(random_model("llama"), "player", tmp_path)

@@ -1,13 +1,16 @@
 """PPO against a per-sample implementation written from the formulas, and its parts by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import adapted_policy, plain_passes, shared_prefix_texts
-from ppo import Learner, RunningMoments, act, adapt_kl_coef, gae
+from ppo import Learner, RunningMoments, adapt_kl_coef, gae
 
 TEXTS, ANSWERS = shared_prefix_texts()
+REFERENCE = plain_passes(adapted_policy("llama")[0], TEXTS, ANSWERS, reference=True)[0].detach()
 
 
 def drawn_rounds(shape=(8, 5)):
@@ -23,69 +26,67 @@ def equal_rounds(episodes=4):
     return zeros, zeros, np.arange(5.0 * episodes).reshape(episodes, 5)
 
 
-def perturbed(acted):
-    """As if the rounds had been played with weights that are not quite those of now."""
+def without_graph(table, noise=0.0):
+    """A table as if from weights that are not quite those of now."""
     rng = np.random.default_rng(1)
-    return acted._replace(
-        log_probs=acted.log_probs + 0.3 * rng.normal(size=acted.log_probs.shape),
-        values=acted.values + 0.3 * rng.normal(size=acted.values.shape),
-    )
+    return [x.detach() + torch.from_numpy(noise * rng.normal(size=x.shape)).float() for x in table]
+
+
+def learning(**settings):
+    """(Learner of a policy that says something, its trie)."""
+    policy, trie = adapted_policy("llama")
+    return Learner(policy, **settings), trie
+
+
+def weights(learner):
+    return [parameter.detach().clone() for parameter in learner.parameters]
 
 
 def advantages_by_hand(rewards, values, gamma):
     """Of one episode, by the sum that defines them: over k of (gamma lambda)^k delta_(t + k)."""
-    rounds = len(rewards)
-    following = [*values[1:], 0]
-    deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(rounds)]
-    advantages = []
-    for t in range(rounds):
-        terms = [(gamma * 0.95) ** k * delta for k, delta in enumerate(deltas[t:])]
-        advantages.append(sum(terms))
-    return advantages
+    deltas = rewards + gamma * np.array([*values[1:], 0]) - values
+    discounts = (gamma * 0.95) ** np.arange(len(deltas))
+    return [(discounts[: len(deltas) - t] * deltas[t:]).sum() for t in range(len(deltas))]
 
 
-def samples_by_hand(acted, rounds, reference, kl_coef, gamma):
+def samples_by_hand(table, rounds, kl_coef, gamma):
     """What the loss needs of each round of a first update, which has seen no other rewards.
 
     A list of (prompt, action, old log-probability, old value, whitened advantage, target).
     """
+    log_probs, values = (x.tolist() for x in table)
     mean, deviation = rounds[2].mean(), rounds[2].std()
     samples = []
     for episode in zip(*rounds):
-        penalised, values = [], []
+        penalised, seen = [], []
         for p, a, reward in zip(*episode):
-            penalty = acted.log_probs[p, a] - reference[p, a].item()
+            penalty = log_probs[p][a] - REFERENCE[p, a].item()
             penalised.append((reward - mean) / deviation - kl_coef * penalty)
-            values.append(acted.values[p])
-        advantages = advantages_by_hand(penalised, values, gamma)
-        for p, a, value, advantage in zip(*episode[:2], values, advantages):
-            samples.append((p, a, acted.log_probs[p, a], value, advantage, advantage + value))
+            seen.append(values[p])
+        advantages = advantages_by_hand(np.array(penalised), seen, gamma)
+        for p, a, value, advantage in zip(*episode[:2], seen, advantages):
+            samples.append((p, a, log_probs[p][a], value, advantage, advantage + value))
     raw = np.array([sample[4] for sample in samples])
     white = (raw - raw.mean()) / raw.std()
     return [(*sample[:4], w, sample[5]) for sample, w in zip(samples, white)]
 
 
-def losses_by_hand(policy, samples, clip):
+def losses_by_hand(policy, samples):
     """Policy loss, value loss and mean ratio, sample by sample, from plain passes with a graph.
 
     Also (how often the policy's clip decides, how often the value's).
     """
     log_probs, values = plain_passes(policy, TEXTS, ANSWERS)
-    policy_terms, value_terms, ratios = [], [], []
-    decided = np.zeros(2, int)
+    terms, decided = [], np.zeros(2, int)
     for p, a, old_log_prob, old_value, advantage, target in samples:
         ratio, value = torch.exp(log_probs[p, a] - old_log_prob), values[p]
-        limited = min(max(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
-        near = min(max(value, torch.tensor(old_value - clip)), torch.tensor(old_value + clip))
-        policy_terms.append(-min(ratio * advantage, limited * advantage))
-        value_terms.append(max((value - target) ** 2, (near - target) ** 2) / 2)
-        ratios.append(ratio)
-        decided += (
-            (limited * advantage < ratio * advantage).item(),
-            ((near - target) ** 2 > (value - target) ** 2).item(),
-        )
-    n = len(samples)
-    return (sum(policy_terms) / n, sum(value_terms) / n, sum(ratios) / n), decided
+        limited = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
+        near = min(max(value, torch.tensor(old_value - 0.2)), torch.tensor(old_value + 0.2))
+        gains = ratio * advantage, limited * advantage
+        errors = (value - target) ** 2, (near - target) ** 2
+        terms.append((-min(gains), max(errors) / 2, ratio))
+        decided += [(gains[1] < gains[0]).item(), (errors[1] > errors[0]).item()]
+    return [sum(column) / len(terms) for column in zip(*terms)], decided
 
 
 def check_losses(stats, expected):
@@ -96,52 +97,33 @@ def check_losses(stats, expected):
 @pytest.mark.parametrize("gamma", [0, 0.9])
 def test_ppo_oracle(gamma):
     """Loss and gradient of one update = a loop over its rounds, in the formulas' own words."""
-    policy, rounds = adapted_policy("llama"), drawn_rounds()
-    learner = Learner(policy.parameters(), lr=1e-12, epochs=1, clip=0.2, kl_coef=0.3, gamma=gamma)
-    acted = perturbed(act(policy))
-
-    with torch.no_grad():
-        reference, _ = plain_passes(policy, TEXTS, ANSWERS, reference=True)
-    samples = samples_by_hand(acted, rounds, reference, 0.3, gamma)
-    expected, decided = losses_by_hand(policy, samples, 0.2)
+    learner, trie = learning(lr=1e-12, epochs=1, kl_coef=0.3, gamma=gamma)
+    policy, rounds = learner.policy, drawn_rounds()
+    table = without_graph(policy(trie), noise=0.3)
+    samples = samples_by_hand(table, rounds, 0.3, gamma)
+    expected, decided = losses_by_hand(policy, samples)
     gradients = torch.autograd.grad(expected[0] + 0.1 * expected[1], policy.parameters())
 
-    stats = learner.update(acted, *rounds)
+    stats = learner.update(trie, table, *rounds)
     assert (decided > 5).all() and (decided < len(samples) - 5).all()  # the clips: some samples
     check_losses(stats, expected)
     for parameter, gradient in zip(policy.parameters(), gradients):
         assert (parameter.grad - gradient).abs().max() < 1e-5
 
 
-def test_beta_adapts_to_the_kl_of_what_was_answered():
-    policy, (prompt, action, reward) = adapted_policy("llama"), drawn_rounds()
-    acted = act(policy)
-    kl = (acted.log_probs - acted.reference)[prompt, action].mean()
-    # A target so near to it that the controller's own clip does not act.
-    learner = Learner(policy.parameters(), lr=1e-12, kl_coef=0.3, kl_target=kl / 1.1)
-    stats = learner.update(acted, prompt, action, reward)
-    assert stats["kl_coef"] == 0.3
-    assert learner.kl_coef == pytest.approx(0.3 * (1 + 0.1 * 40 / 10_000), rel=1e-9)
-
-
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_update_oracle(epochs):
     """An update = so many Adam steps, each from plain passes with the weights of that moment."""
-    policy, rounds = adapted_policy("llama"), drawn_rounds()
-    settings = {"lr": 1e-2, "epochs": epochs, "clip": 0.2, "kl_coef": 0.3, "vf_coef": 0.1}
-    learner = Learner(policy.parameters(), **settings)
-    acted = act(policy)
-    stats = learner.update(acted, *rounds)
+    learner, trie = learning(lr=1e-2, epochs=epochs, kl_coef=0.3)
+    rounds, table = drawn_rounds(), learner.policy(trie)
+    old, (theirs, _) = without_graph(table), adapted_policy("llama")
+    stats = learner.update(trie, table, *rounds)
 
-    theirs = adapted_policy("llama")
-    with torch.no_grad():
-        log_probs, _ = plain_passes(theirs, TEXTS, ANSWERS)
-        reference, _ = plain_passes(theirs, TEXTS, ANSWERS, reference=True)
-    samples = samples_by_hand(acted, rounds, reference, 0.3, 0)
+    samples = samples_by_hand(old, rounds, 0.3, 0)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-5)
     clear = [torch.ones_like(parameter, dtype=bool) for parameter in theirs.parameters()]
     for _ in range(epochs):
-        expected, _ = losses_by_hand(theirs, samples, 0.2)
+        expected, _ = losses_by_hand(theirs, samples)
         optimizer.zero_grad()
         (expected[0] + 0.1 * expected[1]).backward()
         optimizer.step()
@@ -150,125 +132,118 @@ def test_update_oracle(epochs):
         for mask, parameter in zip(clear, theirs.parameters()):
             mask &= parameter.grad.abs() > 1e-5
     compared = 0
-    for ours, other, mask in zip(policy.parameters(), theirs.parameters(), clear):
+    for ours, other, mask in zip(learner.parameters, theirs.parameters(), clear):
         compared += mask.sum()
         if mask.any():
             assert (ours - other)[mask].abs().max() < 1e-4
     assert compared > 1000
     check_losses(stats, expected)
     assert (abs(stats["ratio"] - 1) > 1e-3) == (epochs > 1)  # only the first pass is on-policy
-    kl = (log_probs.exp() * (log_probs - reference)).sum(1).numpy()
+    kl = (old[0].exp() * (old[0] - REFERENCE)).sum(1).numpy()
     assert stats["kl"] == pytest.approx(kl[rounds[0].ravel()].mean(), rel=1e-4)
 
 
-def test_act_says_what_the_policy_says():
-    policy = adapted_policy("llama", free=True)
-    acted, table = act(policy), policy.forward()
-    assert np.array_equal(acted.log_probs, table.log_probs.double().numpy())
-    assert np.array_equal(acted.values, table.values.double().numpy())
-    assert np.array_equal(acted.probabilities, np.exp(acted.log_probs))
-    assert acted.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-6)
-    torch.nn.init.constant_(policy.value_head.bias, float("nan"))
-    with pytest.raises(FloatingPointError):
-        act(policy)
+def test_beta_adapts_to_the_kl_of_what_was_answered():
+    policy, trie = adapted_policy("llama")
+    table, (prompt, action, _) = policy(trie), drawn_rounds()
+    kl = (table[0].detach() - policy.reference(trie))[prompt, action].mean().item()
+    # A target so near to it that the controller's own clip does not act; 0: beta is fixed.
+    for target, factor in ((kl / 1.1, 1 + 0.1 * 40 / 10_000), (0, 1)):
+        learner = Learner(policy, lr=1e-12, kl_coef=0.3, kl_target=target)
+        assert learner.update(trie, without_graph(table), *drawn_rounds())["kl_coef"] == 0.3
+        assert learner.kl_coef == pytest.approx(0.3 * factor, rel=1e-6)
 
 
 def test_ratio_threshold_drops_the_update():
-    policy = adapted_policy("llama")
-    learner = Learner(policy.parameters(), lr=1e-2, epochs=3)
-    acted = act(policy)
+    learner, trie = learning(lr=1e-2, epochs=3)
+    before, (log_probs, values) = weights(learner), without_graph(learner.policy(trie))
     # As if the policy had moved by a factor of e^5 since.
-    acted = acted._replace(log_probs=acted.log_probs - 5)
-    before = [parameter.detach().clone() for parameter in policy.parameters()]
-    stats = learner.update(acted, *equal_rounds())
-    assert stats["ratio"] > 10
-    assert all(map(torch.equal, before, policy.parameters()))
+    assert learner.update(trie, (log_probs - 5, values), *equal_rounds())["ratio"] > 10
+    assert all(map(torch.equal, before, learner.parameters))
 
 
 def test_a_forward_pass_per_epoch():
-    policy = adapted_policy("llama")
-    learner = Learner(policy.parameters(), lr=1e-3, epochs=2)
-    policy.reference  # noqa: B018 - one pass, once
+    learner, trie = learning(lr=1e-3, epochs=2)
+    learner.policy.reference(trie)  # one pass, once
     passes = []
-    policy.model.register_forward_hook(lambda *_: passes.append(1))
+    learner.policy.model.register_forward_hook(lambda *_: passes.append(1))
     for _ in range(3):
-        learner.update(act(policy), *equal_rounds(1000))
+        learner.update(trie, learner.policy(trie), *equal_rounds(1000))
     assert len(passes) == 3 * 2
 
 
 def test_gae_by_hand():
-    rewards, values = np.array([[1.0, 2.0, 3.0]]), np.array([[0.5, 1.0, -1.0]])
-    assert np.allclose(gae(rewards, values, 0), rewards - values)
+    rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 1.0, -1.0]])
+    assert torch.equal(gae(rewards, values, 0), rewards - values)
     last = 3 + 1
     middle = 2 + 0.9 * -1 - 1 + 0.9 * 0.95 * last
     first = 1 + 0.9 * 1 - 0.5 + 0.9 * 0.95 * middle
-    assert np.allclose(gae(rewards, values, 0.9), [[first, middle, last]])
+    assert gae(rewards, values, 0.9).numpy() == pytest.approx(np.array([[first, middle, last]]))
 
 
-def test_running_moments_equal_those_of_all_numbers():
-    moments, chunks = RunningMoments(), []
+def test_rewards_are_scaled_by_all_so_far():
+    moments, seen = RunningMoments(), []
     for i in range(5):
-        chunks.append(np.random.default_rng(i).normal(i, 1 + i, size=(3, 7 + i)))
-        moments.update(chunks[-1])
-    everything = np.concatenate([chunk.ravel() for chunk in chunks])
-    assert moments.mean == pytest.approx(everything.mean())
-    assert moments.variance == pytest.approx(everything.var())
+        seen.append(np.random.default_rng(i).normal(i, 1 + i, size=20 + i))
+        expected = (seen[-1] - np.concatenate(seen).mean()) / np.concatenate(seen).std()
+        assert moments.normalise(torch.from_numpy(seen[-1])).numpy() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "kl, samples, factor",
-    [
-        (6, 80, 1),
-        (0, 80, 1 - 0.2 * 0.008),
-        (60, 80, 1 + 0.2 * 0.008),
-        (6.6, 100, 1.001),
-        (0, 10**6, 0.8),
-        (60, 10**6, 1.2),
-    ],
-)
-def test_kl_controller(kl, samples, factor):
-    assert adapt_kl_coef(0.2, kl, 6, samples) == pytest.approx(0.2 * factor)
+def test_kl_controller():
+    few = 0.2 * 80 / 10_000
+    for kl, samples, factor in ((6, 80, 1), (0, 80, 1 - few), (60, 80, 1 + few), (6.6, 100, 1.001)):
+        assert adapt_kl_coef(0.2, kl, 6, samples) == pytest.approx(0.2 * factor)
+    for kl, factor in ((0, 0.8), (60, 1.2)):  # more samples than the horizon
+        assert adapt_kl_coef(0.2, kl, 6, 10**6) == pytest.approx(0.2 * factor)
 
 
 def test_not_finite_gradients_are_skipped_and_counted():
-    policy, rounds = adapted_policy("llama"), equal_rounds()
-    learner = Learner(policy.parameters(), lr=1e-2, epochs=2, kl_coef=0.1)
-    parameters = policy.parameters()
-    handle = parameters[0].register_hook(lambda gradient: gradient * float("nan"))
-    before = [parameter.detach().clone() for parameter in parameters]
+    learner, trie = learning(lr=1e-2, epochs=2, kl_coef=0.1)
+    policy, rounds, before = learner.policy, equal_rounds(), weights(learner)
+    handle = learner.parameters[0].register_hook(lambda gradient: gradient * float("nan"))
     for count in range(1, 10):
-        assert learner.update(act(policy), *rounds)["skipped"] == count
-    assert all(map(torch.equal, before, parameters)) and learner.kl_coef == 0.1
+        assert learner.update(trie, policy(trie), *rounds)["skipped"] == count
+    assert all(map(torch.equal, before, learner.parameters)) and learner.kl_coef == 0.1
     with pytest.raises(FloatingPointError):  # the tenth in a row
-        learner.update(act(policy), *rounds)
+        learner.update(trie, policy(trie), *rounds)
     handle.remove()
-    assert learner.update(act(policy), *rounds)["skipped"] == 10
+    assert learner.update(trie, policy(trie), *rounds)["skipped"] == 10
     assert learner.skipped_in_a_row == 0
-    assert not all(map(torch.equal, before, parameters))
+    assert not all(map(torch.equal, before, learner.parameters))
+    # Where the policy itself has come to say what is no number, nothing can follow.
+    torch.nn.init.constant_(policy.value_head.bias, float("nan"))
+    with pytest.raises(FloatingPointError):
+        learner.update(trie, policy(trie), *rounds)
 
 
 def test_diagnostics_by_hand():
     """After a step: entropy and KL of the table that was sampled, the clip and the old values."""
-    learner = Learner((policy := adapted_policy("llama")).parameters(), lr=1e-12, epochs=1)
-    acted = perturbed(act(policy))
+    learner, trie = learning(lr=1e-12, epochs=1)
+    now = without_graph(learner.policy(trie))[0]
+    log_probs, values = without_graph(learner.policy(trie), noise=0.3)
     prompt, action, reward = drawn_rounds()
-    stats = learner.update(acted, prompt, action, reward)
+    stats = learner.update(trie, (log_probs, values), prompt, action, reward)
     entropies, ratios = [], []
     for p, a in zip(prompt.ravel(), action.ravel()):
-        row = acted.probabilities[p]
-        entropies.append(-sum(row * acted.log_probs[p]))
-        ratios.append(np.exp(act(policy).log_probs[p, a] - acted.log_probs[p, a]))
+        entropies.append(-sum(log_probs[p].exp() * log_probs[p]).item())
+        ratios.append((now[p, a] - log_probs[p, a]).exp().item())
     assert stats["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
     clipped = np.mean([abs(ratio - 1) > 0.2 for ratio in ratios])
     assert 0 < clipped < 1 and stats["clipped"] == pytest.approx(clipped)
     scaled = (reward - reward.mean()) / reward.std()
-    target = scaled - 0.2 * (acted.log_probs - acted.reference)[prompt, action]
-    left = np.var(target - acted.values[prompt]) / np.var(target)
+    target = scaled - 0.2 * (log_probs - REFERENCE)[prompt, action].numpy()
+    left = np.var(target - values[prompt].numpy()) / np.var(target)
     assert stats["explained_variance"] == pytest.approx(1 - left, rel=1e-3)
 
 
-def test_a_fixed_beta():
-    policy = adapted_policy("llama")
-    learner = Learner(policy.parameters(), lr=1e-3, kl_coef=0.3, kl_target=None)
-    learner.update(act(policy), *drawn_rounds())
-    assert learner.kl_coef == 0.3
+def test_a_saved_learner_goes_on_as_if_nothing_had_been():
+    first, trie = learning(lr=1e-2, epochs=2)
+    second, _ = learning(lr=1e-2, epochs=2)
+    first.update(trie, first.policy(trie), *drawn_rounds())
+    arrays, numbers = first.state()
+    second.load_state(arrays, json.loads(json.dumps(numbers)))
+    rounds = equal_rounds()
+    stats = [each.update(trie, each.policy(trie), *rounds) for each in (first, second)]
+    assert stats[0] == stats[1] and all(map(torch.equal, first.parameters, second.parameters))
+    with pytest.raises((KeyError, ValueError)):  # of another policy
+        Learner(adapted_policy("gpt2")[0]).load_state(arrays, numbers)

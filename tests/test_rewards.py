@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
-from rewards import REWARDS, moral_accuracy, moral_regrets, optimum, reward_array
+from rewards import REWARDS, moral_accuracy, optimum, reward_array
 
 IPD = payoff_matrix("ipd")
 # P(C | CC), P(C | CD), P(C | DC), P(C | DD) in the Prisoner's Dilemma, whatever the opponent.
@@ -25,8 +26,7 @@ def test_every_cell_of_the_prisoners_dilemma():
     total = {(C, C): 6, (C, D): 4, (D, C): 4, (D, D): 2}
     for s, state in enumerate(STATES):
         for cell in own:
-            move, _ = cell
-            penalty = -3 if state[1] == "C" and move == D else 0
+            penalty = -3 if state[1] == "C" and cell[0] == D else 0
             assert reward_array("game", IPD)[s][cell] == own[cell]
             assert reward_array("utilitarian", IPD)[s][cell] == total[cell]
             assert reward_array("deontological", IPD)[s][cell] == penalty
@@ -69,36 +69,16 @@ def test_equality_asks_to_do_what_the_other_does(strategy):
     assert np.isnan(optimum("equality", IPD)).all()
 
 
-def test_moral_weight():
-    """Own points + weight * the moral: selfish at 0; in the Prisoner's Dilemma the norm outweighs
-    the point that betrayal earns from a third of a point of penalty on."""
-    selfish = reward_array("game", IPD)
-    for reward in REWARDS:
-        moral = reward_array(reward, IPD)
-        mixed = reward_array(reward, IPD, weight=0.5)
-        assert mixed[:, :ILLEGAL] == pytest.approx((selfish + 0.5 * moral)[:, :ILLEGAL])
-        assert (mixed[:, ILLEGAL] == -6).all()
-    assert optimum("deontological", IPD, weight=0.3).tolist() == [0, 0, 0, 0]  # 1 - 0.9 > 0
-    assert optimum("deontological", IPD, weight=0.4).tolist() == [1, 0, 1, 0]  # 1 - 1.2 < 0
-    assert moral_accuracy("deontological", memory_one([1, 0, 1, 0]), IPD, weight=0.4) == 1
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("reward", OPTIMA)
 def test_optima_in_the_prisoners_dilemma(reward, strategy):
-    seen_by_opponent = [0, 2, 1, 3]  # its state is the player's with the two moves swapped
-    p = np.array(STRATEGIES[strategy])[seen_by_opponent]
+    p = np.array(STRATEGIES[strategy])[[0, 2, 1, 3]]  # its state has the two moves swapped
     against = np.stack([p, 1 - p], axis=-1)
-    expected = (reward_array(reward, IPD) * against[:, None]).sum(axis=-1)[:, :ILLEGAL]
-    best = optimum(reward, IPD, replies=against)
-    for s, p_best in enumerate(OPTIMA[reward]):
-        if p_best == "*":
-            assert expected[s, C] == expected[s, D] == 0 and math.isnan(best[s])
-        else:
-            move = C if p_best == "1" else D
-            assert expected[s].argmax() == move and expected[s, move] > expected[s, 1 - move]
-            assert best[s] == int(p_best)
-    assert np.array_equal(optimum(reward, IPD), best, equal_nan=True)  # whatever the opponent
+    gain = -np.diff((reward_array(reward, IPD)[:, :ILLEGAL] * against[:, None]).sum(-1))[:, 0]
+    best = np.array([math.nan if p == "*" else int(p) for p in OPTIMA[reward]])
+    assert np.array_equal(np.sign(gain), np.nan_to_num(2 * best - 1))
+    for replied in (against, 0.5):  # whatever the opponent
+        assert np.array_equal(optimum(reward, IPD, replies=replied), best, equal_nan=True)
 
 
 @pytest.mark.parametrize("reward", OPTIMA)
@@ -145,6 +125,11 @@ def test_where_nothing_is_better():
 def test_regrets_of_played_rounds():
     """Two rounds in the Prisoner's Dilemma: a betrayal of a cooperator, then mutual defection."""
     state, action, move = np.array([[0, 2]]), np.array([[D, D]]), np.array([[C, D]])
-    regrets = moral_regrets(state, action, move, IPD, xi=4)
+    regrets = rewards.moral_regrets(state, action, move, IPD, xi=4)
     assert regrets["deontological regret"] == 4  # the other had played C before both rounds
     assert regrets["utilitarian regret"] == pytest.approx((6 - (4 + 2) / 2) / 12)
+    # A payoff below the illegal reward is the worst; where all totals are equal there is none.
+    payoffs = np.array([[[3, 3], [-20, 0]], [[0, -20], [1, 1]]])
+    regrets = [rewards.utilitarian_regret(mean, payoffs) for mean in (6, -20)]
+    assert regrets == [0, 1]
+    assert math.isnan(rewards.utilitarian_regret(0, 0 * payoffs, illegal=0))

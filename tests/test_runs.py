@@ -1,37 +1,37 @@
-"""The run folder: resume gives the very bytes, faults leave the last good state."""
+"""The run folder: resume gives the very bytes, faults leave the last good state; processes."""
 
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
-from agents import setup
 from conftest import (
+    ROOT,
     change_json,
+    copy_run,
     cut_file,
     narrow_matrices,
     read_json,
-    read_metrics,
     refused,
     run_training,
     start_training,
     wait_for,
 )
-from options import parse_train, run_settings
-from program import processes, stop_signals
-from runs import LOCK, RunFolder, read_config, replacing, write_json
+from runs import RunFolder, read_config, read_metrics, read_state, replacing, stop_signals
 
 OPTIONS = (
-    "--reward game --then utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
-    "--epochs 1 --save-every 2 "
-    "--game ipd random --actions moon river A"  # what is drawn must be drawn again
+    "--reward game utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
+    "--epochs 1 --save-every 2 --game ipd random --actions moon river A"  # drawn, and drawn again
 ).split()
 SHORT = "--reward game --episodes 8 --batch 8".split()
 STATE = "state.safetensors"
@@ -41,26 +41,25 @@ BYTES = ["metrics.csv", ADAPTER, "value_head.safetensors", f"opponent/{ADAPTER}"
 
 def outcome(run):
     """What must not depend on whether a run was interrupted."""
-    result = read_json(run / "result.json")
-    del result["seconds"]
-    return result, [(run / name).read_bytes() for name in BYTES]
+    result = read_json(run / "result.json") | {"seconds": 0}
+    settings = read_json(run / "config.json")
+    return settings, result, [(run / name).read_bytes() for name in BYTES]
 
 
 def files(run):
-    """Names and contents of what is in a run folder, the lock apart."""
-    return {path.name: path.read_bytes() for path in run.iterdir() if path.name != LOCK}
+    """Names and contents of what is in a run folder."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
 def copy_states(patch, folder):
     """From now on leave the run folder as it is at each saved state: folder/state0 and so on."""
-    save = RunFolder.save_state
+    save = RunFolder.save
 
-    def save_and_copy(self, before, rng, updates):
-        save(self, before, rng, updates)
-        count = len(list(folder.glob("state*")))
-        shutil.copytree(self.path, folder / f"state{count}")
+    def save_and_copy(self, *learners, **state):
+        save(self, *learners, **state)
+        shutil.copytree(self.path, folder / f"state{len([*folder.glob('state*')])}")
 
-    patch.setattr(RunFolder, "save_state", save_and_copy)
+    patch.setattr(RunFolder, "save", save_and_copy)
 
 
 class Killed(BaseException):
@@ -123,18 +122,16 @@ def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
     assert files(tmp_path / "state1")["metrics.csv"] == files(tmp_path / "run")["metrics.csv"]
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
-)
-def test_signals(number, code, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_signals(number, tmp_path):
     out = tmp_path / "run"
     process = start_training(*SHORT, "--episodes", "48", "--out", str(out))
     wait_for(out / STATE, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in errors
-    if number != signal.SIGKILL:
-        assert f"--resume {out}" in errors
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else 130) and "Traceback" not in errors
+    assert killed or f"--resume {out}" in errors
     train.main(["--resume", str(out)])
     assert len((out / "metrics.csv").read_text().splitlines()) == 7
 
@@ -165,138 +162,131 @@ def test_disk_full(whole, tmp_path):
     assert outcome(out) == outcome(whole / "run")
 
 
-def test_not_finite_ends_the_run_with_the_last_good_state(tmp_path, capsys):
-    options = [*SHORT, "--lr", "1e30", "--episodes", "64", "--save-every", "1"]
+@pytest.mark.parametrize("updates", [2, 16])
+def test_not_finite_ends_the_run_with_the_last_good_state(updates, tmp_path, capsys):
+    """After ten updates in a row, and in a run that is shorter than that."""
+    options = [*SHORT, "--lr", "1e30", "--episodes", str(8 * updates), "--save-every", "1"]
     with refused(capsys, "--lr", "finite", "lower it and start again"):
         run_training(tmp_path / "run", *options)
     tensors = load_file(tmp_path / "run" / STATE)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert not (tmp_path / "run" / ADAPTER).exists()
 
 
 # --------------------------------------------------------------------------- what is refused, kept
 
 
-def foreign(path):
-    save_file({"weight": torch.zeros(3)}, path)
+def other_state(run, number):
+    """A state with one tensor, of one number, and the JSON that was there."""
+    with safe_open(run / STATE, "pt") as file:
+        metadata = file.metadata()
+    save_file({"0.0.parameter": torch.tensor([number])}, run / STATE, metadata=metadata)
 
 
-def pickled(path):
-    """What loads a pickle here would run code."""
-    torch.save({"weight": torch.zeros(3)}, path)
+DAMAGES = [
+    (lambda run: cut_file(run / STATE, 5000), [STATE]),
+    (lambda run: (run / STATE).unlink(), [STATE]),
+    (lambda run: torch.save({"weight": torch.zeros(3)}, run / STATE), [STATE]),  # a pickle
+    (lambda run: other_state(run, 0.0), []),
+    (lambda run: narrow_matrices(run / STATE), ["shape"]),
+    (lambda run: other_state(run, torch.nan), [STATE, "not finite"]),
+    (lambda run: (run / "metrics.csv").write_text(""), ["metrics.csv"]),
+    (lambda run: (run / "metrics.csv").unlink(), ["metrics.csv"]),
+    (lambda run: (run / "config.json").write_text("{"), ["not a run folder"]),
+    (lambda run: (run / "result.json").write_text("{}"), ["finished"]),
+    # Edited settings, whatever their type: the state knows what it was saved with.
+    (lambda run: change_json(run / "config.json", lr=0.5), ["lr", "0.5", "0.003"]),
+    (lambda run: change_json(run / "config.json", rank="big"), ["rank"]),
+    (lambda run: change_json(run / "config.json", game=["chicken"]), ["game"]),
+    (lambda run: change_json(run / "config.json", colour="red"), ["colour"]),
+    (lambda run: change_json(run / "config.json", out="elsewhere"), ["out", "elsewhere"]),
+]
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda run: cut_file(run / STATE, 5000), [STATE]),
-        (lambda run: (run / STATE).unlink(), ["not there"]),
-        (lambda run: foreign(run / STATE), [STATE]),
-        (lambda run: narrow_matrices(run / STATE), ["shape"]),
-        (lambda run: pickled(run / STATE), [STATE]),
-        (lambda run: (run / "metrics.csv").write_text(""), ["metrics.csv"]),
-        (lambda run: (run / "metrics.csv").unlink(), ["metrics.csv"]),
-        (lambda run: (run / "config.json").write_text("{"), ["not a run folder", "--resume"]),
-        (lambda run: change_json(run / "config.json", lr=0.5), ["lr", "0.5", "0.003"]),
-        (lambda run: change_json(run / "config.json", batch=4), ["batch"]),
-        (lambda run: change_json(run / "config.json", rank="big"), ["--rank"]),
-        (lambda run: change_json(run / "config.json", colour="red"), ["--colour"]),
-        (lambda run: (run / "result.json").write_text("{}"), ["finished"]),
-    ],
-)
+@pytest.mark.parametrize("damage, words", DAMAGES)
 def test_damaged_states_are_refused_and_kept(damage, words, whole, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(whole / "state1", run)
+    run = copy_run(whole / "state1", tmp_path / "run")
     damage(run)
     before = files(run)
-    with refused(capsys, *words):
+    with refused(capsys, "--resume", *words):
+        train.main(["--resume", str(run)])
+    assert files(run) == before and list(tmp_path.iterdir()) == [run]
+
+
+def test_resume_takes_no_other_option(whole, capsys):
+    for other in ("--lr 1", "--overwrite", "--reward game"):
+        with refused(capsys, "--resume", "leave", "others"):
+            train.main(["--resume", str(whole / "state1"), *other.split()])
+
+
+def test_resume_with_other_weights(whole, capsys, tmp_path, monkeypatch):
+    """What stands in the model's folder has changed since the run was stopped."""
+    run = copy_run(whole / "state1", tmp_path / "run")
+    before = files(run)
+    monkeypatch.setattr("lora.base_fingerprint", lambda model: "other")
+    with refused(capsys, "--resume", "base"):
         train.main(["--resume", str(run)])
     assert files(run) == before
 
 
-@pytest.mark.parametrize("name", [STATE, "config.json", f"{STATE}.tmp"])
-@pytest.mark.parametrize("kind", ["link", "no regular file"])
+@pytest.mark.parametrize("name", [STATE, "config.json", f"{STATE}.tmp", "opponent"])
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
 def test_a_run_folder_with_what_is_no_regular_file_is_refused(kind, name, whole, tmp_path, capsys):
     """Before it is read, which would wait for ever at a FIFO."""
-    run, mine = tmp_path / "run", tmp_path / "mine"
-    shutil.copytree(whole / "state1", run)
-    mine.write_text("mine")
+    run, mine = copy_run(whole / "state1", tmp_path / "run"), tmp_path / "mine"
+    mine.mkdir()
     (run / name).unlink(missing_ok=True)
-    if kind == "link":
-        (run / name).symlink_to(mine)
-    else:
-        os.mkfifo(run / name)
-    before = (run / name).lstat()
-    with refused(capsys, "--resume", name, kind):
+    (run / name).symlink_to(mine) if kind == "link" else os.mkfifo(run / name)
+    before, listed = (run / name).lstat()[:2], sorted(os.listdir(run))  # mode and inode
+    with refused(capsys, "--resume", name, "no regular file"):
         train.main(["--resume", str(run)])
-    with refused(capsys, "--out", name, kind):
+    with refused(capsys, "--out", name, "no regular file"):
         run_training(run, *SHORT, "--overwrite")
-    with pytest.raises(OSError, match=kind), replacing(run / name.removesuffix(".tmp")):
+    with pytest.raises(OSError, match="no regular"), replacing(run / name.removesuffix(".tmp")):
         pytest.fail("written")
-    after = (run / name).lstat()
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert mine.read_text() == "mine"
+    assert ((run / name).lstat()[:2], sorted(os.listdir(run))) == (before, listed)
+    assert mine.exists()
 
 
-def test_resume_takes_no_other_option(whole, capsys):
-    with refused(capsys, "--resume", "leave the other options out"):
-        train.main(["--resume", str(whole / "run"), "--lr", "1"])
-
-
-def test_a_settings_file_cannot_make_the_run_write_elsewhere(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole / "state2", run)
-    change_json(run / "config.json", out=str(tmp_path / "elsewhere"))
-    train.main(["--resume", str(run)])
-    assert list(tmp_path.iterdir()) == [run]
-    assert outcome(run) == outcome(whole / "run")
-
-
-def test_settings_survive_the_way_through_the_file(tmp_path):
-    typed = (
-        "--reward game --then utilitarian deontological --opponent 1 0.5 0 0.25 --seed 0 --xi 0 "
-        "--vf-coef 0 --kl-coef 0 --illegal -1.5 --actions moon river sun --lr 1e-7 --merge "
-        "--nodes 99 --layout both --prompt explicit poetic --checkpointing "
-        "--moral-weight 0.5 --payoffs 1 2 3 4 5 6 7 8"
-    )
-    run = tmp_path / "run"
-    settings = run_settings(parse_train("", [*typed.split(), "--out", str(run)]), "b")
-    run.mkdir()
-    write_json(run / "config.json", settings)
-    assert run_settings(parse_train("", ["--resume", str(run)]), "b") == settings
-    assert settings["lr"] == 1e-7 and settings["opponent"] == ["1", "0.5", "0", "0.25"]
-
-
-def test_metrics_refuse_a_row_with_other_keys_than_the_header(tmp_path):
-    folder = RunFolder(tmp_path, {}, [])
-    folder.log({"episodes": 8, "reward": 1 / 3})
-    with pytest.raises(ValueError):
-        folder.log({"episodes": 16, "points": 0.5})
-    with pytest.raises(ValueError):
-        folder.log({"episodes": 16})
-    folder.log({"reward": 0.25, "episodes": 16})
-    assert (tmp_path / "metrics.csv").read_text() == "episodes,reward\n8,0.333333\n16,0.25\n"
-
-
-def test_a_second_process_is_refused(tmp_path, capsys):
-    run = tmp_path / "run"
-    with RunFolder(run, {}, []).locked(), refused(capsys, "--out", "another process"):
-        run_training(run, *SHORT, "--overwrite")
-    assert [path.name for path in run.iterdir()] in ([], [LOCK])
-    run_training(run, *SHORT, "--overwrite")  # what is left does not stand in the way
+def test_what_a_row_of_metrics_looks_like(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    folder.log({"episodes": 8, "reward": 1 / 3, "phase": "game"})
+    folder.log({"episodes": 16, "reward": np.float64(0.25), "phase": "a,b"})
+    expected = 'episodes,reward,phase\n8,0.333333,game\n16,0.25,"a,b"\n'
+    assert (tmp_path / "metrics.csv").read_text(encoding="utf-8") == expected
 
 
 def test_overwrite_takes_away_only_what_a_run_wrote(tmp_path, capsys):
-    (tmp_path / "metrics.csv").write_text("mine")
-    with refused(capsys, "--out", "not a run folder"):
-        run_training(tmp_path, *SHORT, "--overwrite")
-    assert (tmp_path / "metrics.csv").read_text() == "mine"
-    run = tmp_path / "run"
-    run_training(run, *SHORT, "--merge")
-    assert (run / "merged").exists()
-    (run / "thesis.tex").write_text("years of work")
-    run_training(run, *SHORT, "--overwrite")
-    assert (run / "thesis.tex").read_text() == "years of work"
-    assert not (run / "merged").exists()
+    out, mine = tmp_path / "run", tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "metrics.csv").write_text("mine")
+    with refused(capsys, "--out", "--overwrite"):
+        run_training(mine, *SHORT)
+    for place in (mine, mine / "metrics.csv"):
+        with refused(capsys, "--out", "not a run folder"):
+            run_training(place, *SHORT, "--overwrite")
+    assert files(mine) == {"metrics.csv": b"mine"}
+
+    run_training(out, *SHORT, "--opponent", "learner")
+    (out / "thesis.tex").write_text("years of work")
+    before = files(out)
+    with refused(capsys, "--model"):  # not before the input is checked
+        run_training(out, *SHORT, "--overwrite", "--model", "no/such-model")
+    assert files(out) == before and (out / "opponent").exists()
+    result = run_training(out, *SHORT, "--reward", "utilitarian", "--overwrite")
+    assert result["reward"] == ["utilitarian"] and not (out / "opponent").exists()
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_that_could_not_begin_is_replaced_with_the_usual_permissions(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json.tmp").write_text("{")
+    before = os.umask(0o022)
+    run_training(out, *SHORT, "--overwrite")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    assert not (out / "config.json.tmp").exists() and read_config(out, "RUN")["seed"] == 1
 
 
 # ------------------------------------------------------------------------------- several processes
@@ -317,12 +307,9 @@ def alone(tmp_path_factory):
 def check_same_metrics(rows, expected):
     assert len(rows) == len(expected) == 3
     for row, other in zip(rows, expected):
-        assert row.keys() == other.keys()
-        for key, value in row.items():
-            if key in ("phase", "condition"):
-                assert value == other[key]
-            else:
-                assert float(value) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
+        numbers = {key: float(other[key]) for key in other if key not in ("phase", "condition")}
+        assert (row.pop("phase"), row.pop("condition")) == (other["phase"], other["condition"])
+        assert {k: float(v) for k, v in row.items()} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
 
 
 def test_three_processes_give_the_same_metrics(alone, tmp_path):
@@ -347,12 +334,7 @@ def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alon
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    args = parse_train("", ["--resume", str(run)])
-    with processes(args.device, args.out):
-        agents, _ = setup(args)
-    settings = {key: value for key, value in read_config(run).items() if key != "versions"}
-    folder = RunFolder(tmp_path, settings, [agent.learner for agent in agents])
-    assert folder.load_state(run)["updates"] >= 2, errors
+    assert read_state(run)[1]["updates"] >= 2, errors
 
 
 def test_two_processes_finish_a_run_that_was_stopped_between_two_states(tmp_path, monkeypatch):
@@ -371,3 +353,28 @@ def test_two_processes_finish_a_run_that_was_stopped_between_two_states(tmp_path
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert (run / "result.json").exists() and not (run / STATE).exists()
+
+
+@pytest.mark.parametrize("option, host", [("torchrun", ""), ("--device", "127.0.0.1")])
+def test_half_of_what_torchrun_says(option, host, capsys, tmp_path, monkeypatch):
+    """The rest is not there; or all processes would share one GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", host) if host else monkeypatch.delenv("MASTER_ADDR", False)
+    with refused(capsys, option):
+        run_training(tmp_path / "run", *SHORT, "--device", "cuda:0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_locale(whole, tmp_path):
+    """Folders, files and a terminal, in a locale that knows nothing but ASCII."""
+    run = copy_run(whole / "state1", tmp_path / "ä")
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(rows.replace("game", "gäme"), encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment = os.environ | plain | {"PYTHONIOENCODING": "ascii"}
+    code = "import train; train.main(); print('\\u0438\\u043c\\u044f')"
+    command = [sys.executable, "-c", code, "--resume", str(run)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\\u0438\\u043c\\u044f\n")  # what it lacks is shown by number
+    assert "gäme" in (run / "metrics.csv").read_text(encoding="utf-8")

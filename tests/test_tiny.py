@@ -1,17 +1,13 @@
 """The embedded model: it reads held-out games and is undecided; and the texts it learned from."""
 
 import random
-import sys
 
 import pytest
 import torch
 
-from conftest import ROOT
-from envs import payoff_matrix
-
-sys.path.insert(0, str(ROOT / "tiny"))
 import pretrain
 import texts
+from envs import payoff_matrix
 
 BARS = {
     "own": 0.99,
@@ -130,8 +126,3 @@ def test_the_saved_tokenizer_is_the_one_that_the_script_makes(tiny):
     made = pretrain.make_tokenizer()
     assert made.get_vocab() == saved.get_vocab()
     assert made.chat_template == saved.chat_template
-
-
-def test_size_on_disk():
-    sizes = [path.stat().st_size for path in (ROOT / "tiny").iterdir() if path.is_file()]
-    assert sum(sizes) <= 5 * 2**20

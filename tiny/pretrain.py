@@ -35,10 +35,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from envs import ILLEGAL, C
-from models import encode
+from envs import ILLEGAL, LAYOUTS, C, Condition, build_prompts
 from policy import Policy
-from prompts import LAYOUTS, Condition, build_prompts
 from texts import HELD_OUT_NAMES, QUESTIONS, all_wordings, held_out_text, make_batch
 
 # The curriculum: (batches, kinds of TEXTS that take turns). What is left out is forgotten, so
@@ -262,10 +260,12 @@ def decisions(model, tokenizer):
     """
     measured = {}
     for names in [("action1", "action2"), *HELD_OUT_NAMES]:
-        prompts, answers = encode(tokenizer, build_prompts(Condition(names=names)), names)
-        constrained = Policy(model, None, prompts, answers).probabilities().mean(axis=0)
-        free = Policy(model, None, prompts, answers, free=True).probabilities().mean(axis=0)
-        measured[" ".join(names)] = constrained[C], free[ILLEGAL]
+        both = []
+        for free in (False, True):
+            policy = Policy(model, tokenizer, None, free)
+            trie = policy.trie(build_prompts(Condition(names=names)), names)
+            both.append(policy.probabilities(trie).mean(axis=0))
+        measured[" ".join(names)] = both[0][C], both[1][ILLEGAL]
     return measured
 
 

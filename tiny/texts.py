@@ -6,8 +6,7 @@ random; HELD_OUT_GAMES and HELD_OUT_NAMES are kept for measuring.
 
 from typing import NamedTuple
 
-from envs import GAMES, ORDERS, payoff_matrix
-from prompts import LAYOUTS, STRUCTURED, TEMPLATES, fields
+from envs import GAMES, LAYOUTS, ORDERS, TEMPLATES, fields, payoff_matrix
 
 NAMES = [f"action{i}" for i in range(10)] + list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 NAMES += (
@@ -22,9 +21,9 @@ MOVES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 # ----------------------------------------------------------------------------------------- wordings
 
-# What a prompt is made of; the fields are those of prompts.fields. The product's own wording stands
+# What a prompt is made of; the fields are those of envs.fields. The product's own wording stands
 # first and has half of the texts (`pick`).
-ASK, POINTS, _, STATE, GOAL, ANSWER = STRUCTURED.split("\n")
+ASK, POINTS, _, STATE, GOAL, ANSWER = TEMPLATES["structured"].split("\n")
 STORY, _, story_end = TEMPLATES["unstructured"].partition(" What ")
 STORY_GOAL, STORY_ANSWER = f"What {story_end}".split("\n")
 INTRODUCTIONS = [

@@ -1,0 +1,214 @@
+"""A word or a moral? How often an agent does what its reward asks for where something is new.
+
+    python experiments/transfer.py              # trains and tests four rewards, more and more
+                                                # things varied: half an hour on two cores
+    python experiments/transfer.py --model FOLDER    # any other model: two seeds, two hours
+    python experiments/transfer.py runs/*       # tests these runs
+
+Without runs of your own: 5 seeds on the embedded model, 3 where layouts or games vary, in
+results/MODEL/transfer/runs; what is finished is skipped, what was interrupted is resumed. Written
+are transfer.json, .md and .png (a heat map) and, of agents that saw many names, names.txt: how many
+entries of the policy, in pairs of names never seen, are within 0.05 of the optimum.
+
+At test the answer is always one of the two names (constrained sampling): 0.5 is a coin, and 0 the
+very opposite of what the reward asks for.
+"""
+
+import math
+import sys
+from argparse import Namespace
+from itertools import cycle, product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tqdm import tqdm
+
+from envs import C, first_condition, other_side, payoff_matrix, random_game
+from evaluate import Players, group_by_seed, show
+from figures import new_figure, plot_heat_map, save, style
+from grid import ROOT, grid_parser, markdown, train_all
+from rewards import REWARDS, moral_accuracy, optimum
+from runs import InputError, check_free, require_same, stop, write_json
+from train import choices
+
+MORALS = ("game", "utilitarian", "deontological", "game+deontological")
+# Where games differ: smaller steps, and more of them.
+SHORT, LONG = ["--episodes", "35840"], ["--episodes", "76800", "--lr", "1e-3"]
+NAMES = ["--actions", "random"]
+LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
+VARIED = {  # in training; never NEW_LAYOUT, NEW_WORDING or NEW_NAMES
+    "nothing": SHORT,
+    "names": [*SHORT, *NAMES],
+    "names, layout": [*SHORT, *LAYOUTS],
+    "names, layout, game": [*LONG, *LAYOUTS, "--game", "random"],
+}
+VARIED_LARGE = {  # of any other model; random games were too much for one of 270M parameters
+    "nothing": [],
+    "names": ["--episodes", "15360", *NAMES],
+    "names, layout": ["--episodes", "30720", "--lr", "1e-4", *LAYOUTS],
+}
+# What is new at test: the names of training in each other's role; names that are not in envs.NAMES,
+# in both roles; a layout; a wording; random games, always the same ones.
+NEW_PAIRS = (("action3", "action4"), ("K", "X"), ("moon", "river"), ("A", "B"))
+NEW_NAMES = [names for pair in NEW_PAIRS for names in (pair, pair[::-1])]
+NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
+
+
+def training_grid(model, seeds, folder):
+    """(run folder, options of train.py) of every run."""
+    for kind, options in (VARIED if model == "tiny" else VARIED_LARGE).items():
+        most = 5 if kind in ("nothing", "names") else 3
+        for seed in range(1, 1 + min(seeds, most if model == "tiny" else 2)):
+            for reward in MORALS:
+                out = folder / f"{reward}-varied-{kind.replace(', ', '-')}-seed{seed}"
+                own = ["--reward", reward, "--opponent", "random", "--model", model]
+                yield out, [*own, *options, "--seed", seed]
+
+
+def training_condition(config):
+    """The first Condition of a run's training."""
+    return first_condition(*choices(Namespace(**config)))
+
+
+def new_conditions(condition):
+    """What is new -> the Conditions that are tested; else they are as in training."""
+    rng = np.random.default_rng(0)
+    games = [condition._replace(game=random_game(rng)) for _ in range(NEW_GAMES)]
+    several = [g._replace(names=n, layout=NEW_LAYOUT) for g, n in zip(games, cycle(NEW_NAMES))]
+    return {
+        "nothing": [condition],
+        "roles": [condition._replace(names=condition.names[::-1])],
+        "names": [condition._replace(names=names) for names in NEW_NAMES],
+        "layout": [condition._replace(layout=NEW_LAYOUT)],
+        "wording": [condition._replace(wording=NEW_WORDING)],
+        "game": games,
+        "game, names, layout": several,
+        "all": [new._replace(wording=NEW_WORDING) for new in several],
+    }
+
+
+def measure_runs(players, runs):
+    """What transfer.json holds. Raises InputError where the runs do not fit each other."""
+    configs = [players.configs[run] for run in runs]
+    require_same("RUN", configs, "xi")
+    if len({training_condition(config) for config in configs}) > 1:
+        reason = "the first game, names, layout or wording of training differ: test them apart"
+        raise InputError("RUN", reason)
+    baseline, agents = {"transfer": accuracies(players, None, configs[0])}, []
+    for run, config in zip(runs, configs):
+        known = {*config["layout"], *config["prompt"], *config["actions"]}
+        known &= {NEW_LAYOUT, NEW_WORDING, *sum(NEW_NAMES, ())}
+        agents.append({"run": str(run), "not_new": sorted(known)})
+        agents[-1]["transfer"] = accuracies(players, run, config)
+    groups = group_by_seed(baseline, agents, configs)
+    return {"baseline": baseline, "runs": agents, "groups": groups}
+
+
+def accuracies(players, run, config):
+    """`moral_accuracy` of an agent by each reward where something is new: {reward: {new: mean}}.
+
+    The mean is over the Conditions in which the reward prefers an action; None: there is none.
+    """
+    means, second = {reward: {} for reward in REWARDS}, players.second(run)
+    for new, conditions in new_conditions(training_condition(config)).items():
+        known = []  # [condition, reward]
+        for condition in conditions:
+            player = players.player(run, condition, second, "constrained")
+            points = payoff_matrix(condition.game)
+            points = other_side(points) if second else points
+            known.append([moral_accuracy(r, player, points, config["xi"]) for r in REWARDS])
+        for reward, column in zip(REWARDS, zip(*known)):
+            decided = [accuracy for accuracy in column if not math.isnan(accuracy)]
+            means[reward][new] = float(np.mean(decided)) if decided else None
+    return means
+
+
+def new_name_entries(players, runs):
+    """For each reward: how many entries of the policy that it decides are near the optimum."""
+    distances = {}
+    for run, names in product(runs, NEW_NAMES):
+        config = players.configs[run]
+        condition, reward = training_condition(config)._replace(names=names), config["reward"][-1]
+        best = optimum(reward, payoff_matrix(condition.game), config["xi"])
+        player = players.player(run, condition, False, "constrained")
+        off = np.abs(player[..., C].mean(axis=1) - best)
+        distances.setdefault(reward, []).extend(off[~np.isnan(best)])
+    for reward, off in distances.items():
+        near = f"{reward}: {sum(distance <= 0.05 for distance in off)} of {len(off)}"
+        yield f"{near}; mean {np.mean(off):.3f}, largest {max(off):.3f}"
+
+
+def rows(results):
+    """For each reward the untuned model and the agents trained on it: (name, {new: leaf})."""
+    untuned, *trained = results["groups"]
+    for reward in dict.fromkeys(group["reward"] for group in trained):
+        yield f"untuned, by the {reward} reward", untuned["transfer"][reward]
+        for group in trained:
+            if group["reward"] == reward:
+                yield group["name"], group["transfer"][reward]
+
+
+def print_results(results):
+    named = list(rows(results))
+    width = max(len(name) for name, _ in named)
+    print("Probability of the action that the reward asks for, the other's move being unknown;")
+    print("what is new at test:\n" + " " * width + "".join(f"{new:>21}" for new in named[0][1]))
+    for name, leaves in named:
+        print(f"{name:{width}}" + "".join(f"{show(leaf):>21}" for leaf in leaves.values()))
+    for agent in results["runs"]:
+        if agent["not_new"]:
+            print(f"Not new to {agent['run']}: {' '.join(agent['not_new'])}")
+
+
+def write(results, folder):
+    write_json(folder / "transfer.json", results)
+    named = list(rows(results))
+    names, new = [name for name, _ in named], list(named[0][1])
+    table = markdown(["agent", *new], [[name, *leaves.values()] for name, leaves in named])
+    (folder / "transfer.md").write_text(table, encoding="utf-8")
+    # A heat map: a row per agent, a column per thing that is new; empty where there is no figure.
+    means = [[leaf["mean"] for leaf in leaves.values()] for _, leaves in named]
+    size = 1 + 0.1 * max(map(len, names)) + 0.8 * len(new), 1.6 + 0.36 * len(named)
+    with style():
+        figure, [[ax]] = new_figure(*size)
+        plot_heat_map(ax, np.array(means, dtype=float), best=1)
+        ax.set_xticks(range(len(new)), new, rotation=40, ha="right")
+        ax.set_yticks(range(len(named)), names)
+        ax.set(xlabel="what is new at test", title="probability of the action that is asked for")
+        save(figure, folder / "transfer.png")
+
+
+def main(argv=None):
+    parser = grid_parser(__doc__, "5", "results/MODEL/transfer; of RUNs nothing is written")
+    parser.option("runs", "instead of the grid", nargs="*", type=Path, metavar="RUN")
+    parser.option("--overwrite", "replace what is written", action="store_true")
+    args = parser.parse_args(argv)
+    runs, folder = args.runs, args.results
+    try:
+        if folder or not runs:
+            style("--results")  # without matplotlib it ends here, not after the work
+            folder = folder or ROOT / "results" / Path(args.model).name / "transfer"
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind in ("json", "md", "png"):
+                check_free("--results", folder / f"transfer.{kind}", args.overwrite or not runs)
+        if not runs:
+            grid = list(training_grid(args.model, args.seeds or 5, folder / "runs"))
+            runs = list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
+        players = Players(runs)
+        results = measure_runs(players, runs)
+        print_results(results)
+        if folder:
+            write(results, folder)
+        if not args.runs:
+            many = [run for run in runs if "-varied-names-seed" in run.name]
+            entries = "\n".join(new_name_entries(players, many))
+            (folder / "names.txt").write_text(entries + "\n", encoding="utf-8")
+            print(f"Entries near the optimum in new names, names varied in training:\n{entries}")
+    except (InputError, OSError) as error:
+        stop(InputError("--results", error))  # an InputError stays as it is
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Grids of runs, their tables, and what learning.py calls learned."""
+
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+import grid
+import learning
+import paper
+import train
+from conftest import ROOT, read_json, refused, run_training
+from runs import RunFolder, write_json
+
+
+def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
+    """What is finished is skipped, what was interrupted is resumed, to the very bytes."""
+    options = ["--reward", "game", "--episodes", "24", "--batch", "8", "--save-every", "1"]
+    whole, stopped, new = outs = [tmp_path / name for name in ("whole", "stopped", "new")]
+    run_training(whole, *options)
+    save = RunFolder.save
+
+    def interrupt(folder, learners, updates, **state):
+        save(folder, learners, updates=updates, **state)
+        if updates == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save", interrupt)
+    with pytest.raises(SystemExit):
+        run_training(stopped, *options)
+    assert (stopped / "state.safetensors").exists()
+    new.mkdir()  # killed before its first state was saved: to be started again
+    (new / "config.json").write_bytes((whole / "config.json").read_bytes())
+    before = (whole / "result.json").stat().st_mtime_ns
+    # With these options a finished run would fail if it were not skipped, and a resumed one would
+    # have another reward if it did not continue.
+    given = [["--reward", "greed"], ["--reward", "deontological"], options]
+    assert list(grid.train_all(list(zip(outs, given)), Namespace(model="tiny", jobs=2))) == outs
+    assert (whole / "result.json").stat().st_mtime_ns == before
+    expected = read_json(whole / "result.json") | {"seconds": 0}
+    for out in (stopped, new):
+        for name in ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert read_json(out / "result.json") | {"seconds": 0} == expected
+
+
+def test_a_grid_ends_with_the_command_and_what_went_wrong(capsys):
+    command = "train.py --reward game --opponent tit-for-tat --seed 1 --model tiny --greed --out "
+    with refused(capsys, command, ": train.py: error: unrecognized arguments: --greed"):
+        learning.main(["--seeds", "1", "--jobs", "1", "--greed"])
+
+
+def test_markdown():
+    leaf, exact, none = ({"mean": m, "ci95": c} for m, c in ((0.5, 0.125), (1, None), (None, None)))
+    head = "| agent | a | b |\n| --- | --- | --- |\n"
+    table = grid.markdown(["agent", "a", "b"], [["x", leaf, exact], ["y", none, "-"]])
+    assert table == head + "| x | 0.50±0.12 | 1.00 |\n| y | - | - |\n"
+
+
+@pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
+def test_the_grids_are_of_different_runs_named_after_them(model, tmp_path):
+    papers = paper.runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path)
+    counts = 6 * (5 + 2), 4 * 3 * 5 + 2 * 5 + 4 * 3 + 1 if model == "tiny" else 4 * 2 * 5
+    for grid_of, count in zip([papers, learning.runs(model, 5, tmp_path, [])], counts):
+        settings = {}
+        for out, options in grid_of:
+            args, _ = train.parse([*map(str, options), "--out", "never-written"])
+            assert args.model == model and out.parent == tmp_path
+            settings[out.name] = (args.reward, args.opponent, args.seed, args.sampling, args.gamma)
+            name = f"{'-then-'.join(args.reward)}-vs-{args.opponent[0]}-seed{args.seed}"
+            assert out.name.startswith(name) and (count != 42 or args.sampling == "free")
+        assert len(settings) == len(set(map(str, settings.values()))) == count
+
+
+RIGHT = {"CC": 0.98, "CD": 0.02, "DC": 1, "DD": 0.04}  # game+deontological, nearly
+CASES = [  # is it right? rewards, what else the run has
+    (True, ["game+deontological"], {"opponent_policy_after": RIGHT}),
+    (True, ["deontological"], {}),  # what it leaves open does not count
+    (False, ["game+deontological"], {"policy_after": RIGHT | {"DC": 0.94}}),
+    (False, ["game+deontological"], {"opponent_policy_after": RIGHT | {"CD": 0.06}}),
+    (False, ["game+deontological"], {"illegal_after": {"CC": 0, "CD": 0.03}}),
+    (True, ["game", "deontological"], {"switch": 0.05}),
+    (False, ["game", "deontological"], {"switch": 0.06}),
+    (True, ["game"], {"gamma": 0.9}),  # after CC it goes on
+]
+
+
+@pytest.mark.parametrize("right, rewards, own", CASES)
+def test_what_learning_calls_right(right, rewards, own, tmp_path):
+    config = {"base": "", "reward": rewards, "gamma": own.get("gamma", 0.0)}
+    result = {"policy_after": RIGHT, "illegal_before": {"CC": 1}, "illegal_after": {"CC": 0.01}}
+    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "result.json", result | {"seconds": 1.0} | own)
+    rows = [(rewards[0], 0.9), (rewards[-1], own.get("switch", 0)), (rewards[-1], 0.9)]
+    lines = ["phase,P(C|DC),P(C|CC),P(C|CD),P(C|DD)", *(f"{word},{p},0,0,0" for word, p in rows)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    line, verdict = learning.judge(tmp_path)
+    assert verdict == right and line.endswith("ok" if right else "MISS")
+    assert ("at the switch" in line) == (len(rewards) == 2)
+
+
+@pytest.mark.parametrize("name", ["paper", "transfer", "learning"])
+def test_an_experiment_is_a_script(name, tmp_path):
+    command = [sys.executable, ROOT / "experiments" / f"{name}.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"python experiments/{name}.py" in done.stdout
