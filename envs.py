@@ -52,20 +52,23 @@ STRATEGIES = {
     # Press & Dyson (2012): in "ipd", own score - 1 = 3 (other's score - 1).
     "extortionate": (0.8, 0.5, 0.3, 0),
 }
-# What a command line takes.
-GAME_WORDS = (
-    f"{', '.join(GAMES)}; random (points from 0 to 9, fresh in every update of training); or "
-)
-GAME_WORDS += f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
-OPPONENT_WORDS = (
-    f"{', '.join(STRATEGIES)}; four numbers from 0 to 1, P(C | CC CD DC DD); learner (it "
-)
-OPPONENT_WORDS += "is trained at the same time); or a run folder, whose agent stays as it is"
 
 
 def payoff_matrix(game):
     """Points of a key of GAMES, or of four such cells: [own move, other's move, (own, other's)]."""
     return np.array(GAMES[game] if isinstance(game, str) else game).reshape(2, 2, 2)
+
+
+def game_words():
+    """What a command line may name as games, in words."""
+    own = f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
+    return f"{', '.join(GAMES)}; random (points from 0 to 9, fresh in every update); or {own}"
+
+
+def opponent_words():
+    """What a command line may name as an opponent, in words."""
+    own = "four numbers from 0 to 1, P(C | CC CD DC DD); learner (it learns, too); or a run folder"
+    return f"{', '.join(STRATEGIES)}; {own}"
 
 
 def parse_games(words):
@@ -76,7 +79,7 @@ def parse_games(words):
         points = [int(word) for word in words]
         if max(map(abs, points)) <= MOST:
             return [tuple(zip(points[::2], points[1::2]))]
-    raise ValueError(f"{' '.join(words)!r} is none of: {GAME_WORDS}")
+    raise ValueError(f"{' '.join(words)!r} is none of: {game_words()}")
 
 
 def game_name(game):
@@ -109,7 +112,7 @@ def parse_opponent(words):
         return Path(name)
     numbers = [float(word) for word in words if word.replace(".", "", 1).isdecimal()]
     if not len(words) == len(numbers) == 4 or max(numbers) > 1:
-        raise ValueError(f"{' '.join(words)!r} is none of: {OPPONENT_WORDS}")
+        raise ValueError(f"{' '.join(words)!r} is none of: {opponent_words()}")
     return tuple(numbers)
 
 
@@ -202,7 +205,7 @@ def describe(player):
     mean = player.mean(axis=1)
     if mean[:, ILLEGAL:].sum() > 2:  # of the four states
         return "mostly illegal"
-    p = mean[:, C] / mean[:, :ILLEGAL].sum(axis=1)
+    p = mean[:, C] / mean[:, :ILLEGAL].sum(axis=1).clip(min=1e-9)
     for name, strategy in STRATEGIES.items():
         if np.abs(p - strategy).max() <= 0.1:
             return name.replace("-", " ")
@@ -320,8 +323,7 @@ def action_names(words):
     """The names of a command line; "random": NAMES. Raises ValueError where one is not plain."""
     names = NAMES if words == ["random"] else words
     plain = {name for name in names if name.isprintable() and "|" not in name}
-    plain = {name for name in plain if name.strip() and name == name.strip()}
-    if len(plain) < max(2, len(names)):
+    if len({name for name in plain if name and name == name.strip()}) < max(2, len(names)):
         rule = "must be two or more that differ, non-empty, printable, without | or spaces around"
         raise ValueError(f"action names {rule}, not {list(names)}")
     return names
@@ -358,9 +360,8 @@ def check_template(template):
     parts = Formatter().parse(template)
     used = {f"{name}{spec}{how or ''}" for _, name, spec, how in parts if name is not None}
     if not {"first", "second"} <= used <= {*known}:
-        fields_known, fields_used = (f"{{{'} {'.join(names)}}}" for names in (known, sorted(used)))
-        rule = "a wording has {first} and {second}, the two actions, and no other fields than "
-        raise ValueError(f"{rule}{fields_known}; this one has {fields_used}")
+        rule = "a wording has {first} and {second}, the two actions, and no other fields than"
+        raise ValueError(f"{rule} {' '.join(known)}; this one has {' '.join(sorted(used))}")
 
 
 def build_prompts(condition, second=False):

@@ -56,39 +56,24 @@ def transitions(player, opponent):
     return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
-def long_run(chain):
-    """Share of time in each state in the limit of many steps, by first state: [4, 4] -> [4, 4].
-
-    Rows are equal where the long run does not depend on the start. The limit of the average over
-    time always exists, also for a chain that alternates: that is why half a step is mixed in, which
-    changes no average.
-    """
-    power = (chain + np.eye(len(chain))) / 2
-    for _ in range(64):  # 2^64 steps
-        power = power @ power
-        power /= power.sum(axis=1, keepdims=True)
-    return power
-
-
 def frequencies(player, opponent, rounds, opponent_opening=0.5, own_opening=0.5):
     """What `play` shows on average, exactly: share of rounds [state 4, outcome, opponent's move 2].
 
     The last moves are a Markov chain of four states. Both players enter averaged over their name
-    orders, because every round shuffles anew. Arguments as in `play`; `rounds` may be infinite
-    (`math.inf`): the long run.
+    orders, because every round shuffles anew. Arguments as in `play`.
     """
-    chain = transitions(player, opponent)
+    chain, visits = transitions(player, opponent), np.zeros(4)
     state = np.repeat([own_opening, 1 - own_opening], 2)
     state = state * np.tile([opponent_opening, 1 - opponent_opening], 2)
-    if np.isinf(rounds):
-        visits = state @ long_run(chain)
-    else:
-        visits = np.zeros(4)
-        for _ in range(rounds):
-            visits += state / rounds
-            state = state @ chain
-    answers = player.mean(axis=1)
-    return visits[:, None, None] * answers[:, :, None] * envs.replies(opponent)[:, None, :]
+    for _ in range(rounds):
+        visits += state / rounds
+        state = state @ chain
+    return shares(player, opponent, visits)
+
+
+def shares(player, opponent, visits):
+    """Share of rounds [state, outcome, opponent's move], from that of the states, visits [4]."""
+    return visits[:, None, None] * player.mean(axis=1)[:, :, None] * envs.replies(opponent)[:, None]
 
 
 def measure(player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal=-6.0):
@@ -123,7 +108,7 @@ def evaluate_parser(description, games=tuple(envs.GAMES)):
     wording = f"the wording: of {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
     wording += "{second} for the actions, see envs.fields"
     option("runs", "run folders of one base model", metavar="RUN", type=Path, **listed)
-    option("--game", envs.GAME_WORDS, default=list(games), **listed)
+    option("--game", envs.game_words(), default=list(games), **listed)
     option(
         "--actions", "the names of C and D", nargs=2, metavar=names, default=["action3", "action4"]
     )
@@ -302,10 +287,8 @@ def mean_and_interval(values):
     """
     if isinstance(values[0], dict):
         return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
-    if None in values:
-        return {"mean": None, "ci95": None, "paper95": None}
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
+    n, mean = len(values), None if None in values else float(np.mean(values))
+    if mean is None or n == 1:
         return {"mean": mean, "ci95": None, "paper95": None}
     error = float(np.std(values, ddof=1) / math.sqrt(n))
     # Beyond the table: two terms of Fisher's expansion, right to 0.003.
@@ -315,7 +298,7 @@ def mean_and_interval(values):
 
 def group_by_seed(baseline, agents, configs):
     """The untuned model, then agents by groups of seeds: {label, name, reward, n, runs, means}."""
-    ignored = {"seed", "device", "save_every", "versions"}
+    ignored = {"seed", "device", "save_every", "versions", "checkpointing"}
     members = {}  # settings as JSON -> indices of the runs that have them
     for i, config in enumerate(configs):
         kept = {key: value for key, value in config.items() if key not in ignored}
@@ -434,7 +417,7 @@ def main(argv=None):
     try:
         parser = evaluate_parser(__doc__)
         help = "vary names, layout, wording and persona, one at a time, on the first --game"
-        parser.option("--opponent", envs.OPPONENT_WORDS, default=["random"], nargs="+")
+        parser.option("--opponent", envs.opponent_words(), default=["random"], nargs="+")
         parser.option("--rounds", "per episode", type=runs.number(int, 1, 10**6), default=5)
         parser.option("--axes", help, action="store_true")
         args = parser.parse_args(argv)

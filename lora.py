@@ -78,8 +78,7 @@ class LoRALinear(nn.Module):
 
 def lora_layers(model):
     """The wrapped layers by their names in the base model: dict name -> LoRALinear."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def add_adapter(model, name, rank, alpha, paths=None):
@@ -152,9 +151,9 @@ def save_adapter(model, name, folder):
     (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def write_tensors(path, tensors, metadata=None):
+def write_tensors(path, tensors):
     """A safetensors file with the usual permissions (its own `save_file` shuts others out)."""
-    Path(path).write_bytes(save(tensors, metadata))
+    Path(path).write_bytes(save(tensors))
 
 
 def read(path):

@@ -42,11 +42,11 @@ def load_model(path, device=None, dtype="float32"):
     are no safetensors, or need code of their own.
     """
     path = EMBEDDED if path == "tiny" else path
+    if (Path(path) / "adapter_config.json").exists():
+        raise ModelError(f"{path} holds an adapter: name the model that it was made for")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if (Path(path) / "adapter_config.json").exists():
-        raise ModelError(f"{path} holds an adapter: name the model that it was made for")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -129,10 +129,8 @@ def encode(tokenizer, texts, answers):
             for prompt, whole in zip(prompts, wholes)
         }
         tails.append(endings.pop() or ())
-        fault = ""
-        if endings or not tails[-1]:
-            fault = "are not the same after every prompt"
-        elif set(tails[-1]) & set(tokenizer.all_special_ids):
+        fault = "are not the same after every prompt" if endings or not tails[-1] else ""
+        if set(tails[-1]) & set(tokenizer.all_special_ids):
             fault = "have an unknown or special one among them"
         for other, tail in zip(answers, tails[:-1]):
             shorter = min(len(tail), len(tails[-1]))
@@ -301,13 +299,12 @@ class Policy:
 
         Raises FloatingPointError where the policy, ModelError where the base is not finite.
         """
-        if not reference:
-            self.reference(trie)  # first: it tells where the base is at fault
         with adapter(self.model, None if reference else self.name), torch.set_grad_enabled(graph):
             out = self.model(**trie.inputs(self.model), output_hidden_states=True)
             keep, branches = trie.keep.to(self.model.device), trie.branches.to(self.model.device)
             logits = out.logits.flatten(0, 1)[branches].float()  # [rows, Q, vocabulary]
             hidden = out.hidden_states[-1][:, keep].flatten(0, 1)[branches[:, 0]].float()
+            del out
 
             # Constrained, the tokens that continue an answer share the mass; free, all tokens do.
             total = []
@@ -323,6 +320,7 @@ class Policy:
             own = torch.cat([log_probs, self.value_head(hidden)], dim=1)
             table = shared_table(trie, own).cpu()
         if not (reference or table.isfinite().all()):
+            self.reference(trie)  # it tells where the base is at fault
             raise FloatingPointError("the policy is no longer finite")
         return table[:, :-1], table[:, -1]
 

@@ -184,11 +184,9 @@ class Learner:
     def load_state(self, arrays, numbers):
         """Continue from `state()`. Raises KeyError or ValueError where it is of another policy."""
         for i, parameter in enumerate(self.parameters):
-            mark, saved = f"{self.policy.name}.{i}.", {}
-            for key in arrays:
-                if key.startswith(mark):
-                    value = torch.tensor(arrays[key], device=parameter.device)
-                    saved[key.removeprefix(mark)] = value
+            mark = f"{self.policy.name}.{i}."
+            own = {key.removeprefix(mark): arrays[key] for key in arrays if key.startswith(mark)}
+            saved = {key: torch.tensor(own[key], device=parameter.device) for key in own}
             if saved["parameter"].shape != parameter.shape:
                 raise ValueError(f"{mark}parameter has another shape than {[*parameter.shape]}")
             parameter.data.copy_(saved.pop("parameter"))

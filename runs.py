@@ -140,17 +140,6 @@ def require_same(option, configs, *keys):
             raise InputError(option, f"runs differ in their {key}: {' and '.join(values)}")
 
 
-def read_metrics(run):
-    """The rows of metrics.csv, dicts of str; a learning opponent's stand in those of its run."""
-    own = (run / "metrics.csv").exists()
-    path = run / "metrics.csv" if own else run.parent / "metrics.csv"
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    mark = "opponent "
-    for row in [] if own else rows:
-        row |= {key.removeprefix(mark): row[key] for key in row if key.startswith(mark)}
-    return rows
-
-
 def check_out(out, overwrite):
     """Raise InputError unless `out` is free, or a run folder that may be replaced."""
     if out.exists() and not overwrite:
@@ -201,12 +190,11 @@ class RunFolder:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
         own = {k: v for k, v in settings.items() if k not in ("resume", "out", "overwrite")}
         self.path, self.settings = path, own
-        self.started, self.earlier_seconds = time.perf_counter(), 0
+        self.started = time.perf_counter()
 
-    @property
     def seconds(self):
         """Spent on this run so far, those before an interruption included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def create(self):
         """Take away what train.py wrote for an earlier run, and nothing else; start anew."""
@@ -228,15 +216,17 @@ class RunFolder:
         text = (source / "metrics.csv").read_text(encoding="utf-8")
         with replacing(self.path / "metrics.csv") as beside:
             beside.write_text("".join(text.splitlines(keepends=True)[:count]), encoding="utf-8")
-        self.earlier_seconds = state["seconds"]
+        self.started -= state["seconds"]
 
     def log(self, row):
         """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header."""
         shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        with open(self.path / "metrics.csv", "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, shown, lineterminator="\n")
-            if file.tell() == 0:
+        with open(self.path / "metrics.csv", "a+", newline="", encoding="utf-8") as file:
+            writer, _ = csv.DictWriter(file, shown, lineterminator="\n"), file.seek(0)
+            if not (header := file.readline()):
                 writer.writeheader()
+            elif header != ",".join(shown) + "\n":
+                raise OSError("a row with other columns than metrics.csv has")
             writer.writerow(shown)
 
     def save(self, learners, **state):
@@ -245,14 +235,14 @@ class RunFolder:
         for own_arrays, numbers in learners:
             arrays |= own_arrays
             state["learners"] |= numbers
-        state |= {"settings": self.settings, "seconds": self.seconds}
+        state |= {"settings": self.settings, "seconds": self.seconds()}
         content = safetensors.save(arrays, {"json": json.dumps(state, allow_nan=False)})
         with replacing(self.path / STATE) as beside:
             beside.write_bytes(content)
 
     def finish(self, result):
         """Write result.json; then the state is no longer needed. Returns the seconds of the run."""
-        seconds = round(self.seconds, 2)
+        seconds = round(self.seconds(), 2)
         write_json(self.path / "result.json", result | {"seconds": seconds})
         (self.path / STATE).unlink(missing_ok=True)
         return seconds

@@ -8,8 +8,7 @@
     torchrun --nproc-per-node 4 train.py --reward utilitarian --model ...   # prompts dealt out
     python train.py --resume runs/utilitarian-vs-tit-for-tat-seed1      # continue a stopped run
 
-Writes a run folder, see runs.py. Method: Tennant, Hailes & Musolesi, Moral Alignment for LLM
-Agents (ICLR 2025).
+Writes a run folder, see runs.py. Method: Tennant et al., Moral Alignment for LLM Agents, ICLR 2025.
 """
 
 import sys
@@ -63,8 +62,8 @@ def train_parser():
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, **listed)
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    option("--game", envs.GAME_WORDS, metavar="GAME", default=["ipd"], **listed)
-    option("--opponent", envs.OPPONENT_WORDS, default=["tit-for-tat"], **listed)
+    option("--game", envs.game_words(), metavar="GAME", default=["ipd"], **listed)
+    option("--opponent", envs.opponent_words(), default=["tit-for-tat"], **listed)
     option("--sampling", sampling, choices=("constrained", "free"))
     option("--actions", names, metavar="NAME", default=["action1", "action2"], **listed)
     option("--layout", "of the payoffs", choices=envs.LAYOUTS, default=["original"], **listed)
@@ -222,8 +221,8 @@ def setup(args, saved=None):
             condition = first._replace(layout=layout, wording=wording)
             agents[0].policy.reference(agents[0].trie(condition))
         check_causal(agents[0].policy, agents[0].trie(first))
-        rates = args.lr, args.epochs, args.kl_coef, args.kl_target, args.gamma
-        agents = [agent._replace(learner=Learner(agent.policy, *rates)) for agent in agents]
+        settings = args.lr, args.epochs, args.kl_coef, args.kl_target, args.gamma
+        agents = [agent._replace(learner=Learner(agent.policy, *settings)) for agent in agents]
         if saved:
             asked, (state, arrays) = "--resume", saved
             runs.require_same("--resume", [state["settings"], own], "base")
@@ -231,11 +230,14 @@ def setup(args, saved=None):
                 agent.learner.load_state(arrays, state["learners"])
     except (ValueError, OSError, RuntimeError, AssertionError, LookupError) as error:
         raise InputError("--model" if isinstance(error, ModelError) else asked, error) from error
-    payoffs = envs.payoff_matrix(first.game)
-    players = [agent.player(first) for agent in agents] + ([opponent(first)] if opponent else [])
-    judged = judge(args.reward[-1], players, (payoffs, envs.other_side(payoffs)), args.xi)
-    if args.until and np.isnan(judged[: len(agents)]).all():
-        raise InputError("--until", "no action is better by this reward in this game: give 1")
+    if args.until:
+        payoffs = envs.payoff_matrix(first.game)
+        players = [agent.player(first) for agent in agents] + (
+            [opponent(first)] if opponent else []
+        )
+        judged = judge(args.reward[-1], players, (payoffs, envs.other_side(payoffs)), args.xi)
+        if np.isnan(judged[: len(agents)]).all():
+            raise InputError("--until", "no action is better by this reward in this game: give 1")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     return agents, opponent, own | {"versions": versions}
 
@@ -264,7 +266,7 @@ def train(args, agents, opponent, folder, state, stop):
             learners = [agent.learner.state() for agent in agents]
             folder.save(learners, updates=updates, rng=rng.bit_generator.state, before=before)
 
-    who, scale = envs.parse_opponent(args.opponent), (args.xi, args.illegal)
+    who, xi, illegal = envs.parse_opponent(args.opponent), args.xi, args.illegal
     opponent_opening = envs.opening(who) if isinstance(who, tuple) else 0.5
     done, (*starts, total) = state.get("updates", 0), phases(args)
     hidden = not runs.is_first() or None  # None: only where stderr is no terminal
@@ -288,7 +290,7 @@ def train(args, agents, opponent, folder, state, stop):
         players += [opponent(condition)] if opponent else []
 
         # How good are they by now? Exact, from the probabilities, not from what is played.
-        accuracies = judge(reward, players, views, args.xi)[: len(agents)]
+        accuracies = judge(reward, players, views, xi)[: len(agents)]
         if args.until and update > starts[-1] and np.nanmin(accuracies) > args.until:
             progress.close()
             print(f"Learned after {update} of {total} updates.")
@@ -302,12 +304,13 @@ def train(args, agents, opponent, folder, state, stop):
         for i, agent in enumerate(agents):
             mine, theirs, view = seen[i], seen[1 - i], views[i]
             played = mine.state, mine.action, theirs.move
-            points = rewards.reward_array(reward, view, *scale)[played]
+            points = rewards.reward_array(reward, view, xi, illegal)[played]
             log = {"reward": points.mean(), "accuracy": accuracies[i]}
             log |= agent.learner.update(tries[i], tables[i], mine.prompt, mine.action, points)
-            log |= envs.action_counts(mine) | rewards.moral_regrets(*played, view, *scale)
+            log |= envs.action_counts(mine) | rewards.moral_regrets(*played, view, xi, illegal)
             log |= {f"P(C|{state})": p for state, p in by_state(players[i], C).items()}
             row |= {f"opponent {key}" if i else key: value for key, value in log.items()}
+        tables.clear()  # their graphs hold memory that the next pass needs
         folder.log(row)
         progress.set_postfix_str(PROGRESS.format_map(row), refresh=False)
         if stop.is_set():
@@ -333,14 +336,10 @@ def run(args, saved, path):
     from policy import ModelError
 
     agents, opponent, own = setup(args, saved)
-    folder, state = runs.RunFolder(path, vars(args) | own), {}
+    folder, state = runs.RunFolder(path, vars(args) | own), saved[0] if saved else {}
     resume = f"python train.py --resume {path}"
     try:
-        if saved:
-            state, _ = saved
-            folder.resume(args.resume, state)
-        else:
-            folder.create()
+        folder.resume(args.resume, state) if saved else folder.create()
         with runs.stop_signals() as stop:
             before, after = train(args, agents, opponent, folder, state, stop)
         for agent, place in zip(agents, (path, path / "opponent")):
@@ -355,7 +354,8 @@ def run(args, saved, path):
                 result[f"{side}{kind}_after"] = by_state(trained, outcome)
         seconds = folder.finish(result)
     except KeyboardInterrupt:
-        print(f"Stopped; to continue:  {resume}", file=sys.stderr)
+        if runs.is_first():
+            print(f"Stopped; to continue:  {resume}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         kept = f"; what was saved is kept: {resume}" if (path / runs.STATE).exists() else ""
@@ -372,9 +372,9 @@ def run(args, saved, path):
     first = envs.first_condition(*choices(args))  # did it learn a word?
     swapped = agents[0].player(first._replace(names=first.names[::-1]))
     print("With the two action names in each other's role: " + envs.describe(swapped))
-    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}", end="")
-    print(f" --layout {first.layout}" * (first.layout != "original"), end="")
-    print(f" --prompt {first.wording}" * (first.wording != "structured"))
+    own = f" --layout {first.layout} --prompt {first.wording}"
+    own = own.replace(" --layout original", "").replace(" --prompt structured", "")
+    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{own}")
 
 
 def main(argv=None):

@@ -19,7 +19,8 @@ import numpy as np
 
 from envs import ACTION_TYPES
 from evaluate import mean_and_interval
-from runs import InputError, Parser, check_free, read_metrics, stop
+from grid import read_metrics
+from runs import InputError, Parser, check_free, stop
 
 # Okabe & Ito's colours, safe for the colour-blind: own C blue, own D orange, illegal grey, pale
 # where theirs was D. Agents of one reward differ by hatch or line. Names may have a `$`: no math.

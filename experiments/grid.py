@@ -1,5 +1,6 @@
 """Shared by the grids: runs of train.py that may be stopped and given again, and their tables."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -11,6 +12,17 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import show
 from runs import InputError, Parser, number
+
+
+def read_metrics(run):
+    """The rows of metrics.csv, dicts of str; a learning opponent's stand in those of its run."""
+    own = (run / "metrics.csv").exists()
+    path = run / "metrics.csv" if own else run.parent / "metrics.csv"
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    mark = "opponent "
+    for row in [] if own else rows:
+        row |= {key.removeprefix(mark): row[key] for key in row if key.startswith(mark)}
+    return rows
 
 
 def grid_parser(description, seeds, results):

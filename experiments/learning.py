@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from envs import STATES, payoff_matrix
-from grid import ROOT, grid_parser, train_all
+from grid import ROOT, grid_parser, read_metrics, train_all
 from rewards import optimum
-from runs import InputError, read_config, read_metrics, stop
+from runs import InputError, read_config, stop
 
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
 # With a long shadow of the future (--gamma) it pays to go on cooperating; the rest is open here.

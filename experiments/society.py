@@ -10,7 +10,6 @@ than it gets itself in that place. An agent sits on the side where it learned; w
 the other one and answers with the sampling of its own training. Options as in evaluate.py.
 """
 
-import math
 import sys
 from itertools import product
 from pathlib import Path
@@ -20,9 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from envs import STRATEGIES, C, legal_moves, memory_one, opening, other_side, payoff_matrix
-from evaluate import evaluate_parser, frequencies, long_run, prepare, transitions
+from evaluate import evaluate_parser, frequencies, prepare, shares, transitions
 from rewards import reward_array
 from runs import InputError, number, require_same, stop, write_json
+
+
+def long_run(chain):
+    """Share of time in each state in the limit of many steps, by first state: [4, 4] -> [4, 4].
+
+    Rows are equal where the long run does not depend on the start. The limit of the average over
+    time always exists, also for a chain that alternates: that is why half a step is mixed in, which
+    changes no average.
+    """
+    power = (chain + np.eye(len(chain))) / 2
+    for _ in range(64):  # 2^64 steps
+        power = power @ power
+        power /= power.sum(axis=1, keepdims=True)
+    return power
 
 
 def meet(player, other, other_opening, payoffs, rounds, illegal=-6.0):
@@ -33,15 +46,16 @@ def meet(player, other, other_opening, payoffs, rounds, illegal=-6.0):
     depends_on_opening: whether the long run depends on the moves before the first round
     """
 
-    def mean_points(me, opponent, view, length, *openings):
-        points = reward_array("game", view, illegal=illegal)[:, : me.shape[-1]]
-        return float((frequencies(me, opponent, length, *openings) * points).sum())
+    def mean_points(share, view):
+        points = reward_array("game", view, illegal=illegal)[:, : share.shape[1]]
+        return float((share * points).sum())
 
-    mine = mean_points(player, other, payoffs, math.inf, other_opening, 0.5)
-    theirs = mean_points(other, player, other_side(payoffs), math.inf, 0.5, other_opening)
     visits = long_run(transitions(player, other))
+    stay = np.tile([other_opening / 2, (1 - other_opening) / 2], 2) @ visits
+    mine = mean_points(shares(player, other, stay), payoffs)
+    theirs = mean_points(shares(other, player, stay[[0, 2, 1, 3]]), other_side(payoffs))
     return {
-        "rounds": mean_points(player, other, payoffs, rounds, other_opening, 0.5),
+        "rounds": mean_points(frequencies(player, other, rounds, other_opening), payoffs),
         "long_run": mine,
         "total": mine + theirs,
         "minimum": min(mine, theirs),

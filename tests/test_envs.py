@@ -202,7 +202,7 @@ def test_names(names):
     "template, word",
     [
         ("{first} or what?", "{second}"),
-        ("{first} {second} {colour}", "{colour}"),
+        ("{first} {second} {colour}", "colour"),
         ("{first} {second} {", "'{'"),
         ("nothing", "{first} and {second}"),
     ],

@@ -25,8 +25,8 @@ from conftest import (
 )
 from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, memory_one, opening, payoff_matrix
 from evaluate import frequencies, mean_and_interval, show
+from grid import read_metrics
 from rewards import REWARDS, reward_array
-from runs import read_metrics
 
 
 def always(outcome):
@@ -122,13 +122,6 @@ def test_always_defect_against_tit_for_tat():
 def test_no_regret_where_all_totals_are_equal():
     measures = measure(always(D), ((0, 0), (1, -1), (-1, 1), (0, 0)), illegal=0.0)
     assert measures["regret"]["utilitarian"] is None and measures["reward"]["utilitarian"] == 0
-
-
-def test_long_run_of_chains_that_are_hard_to_iterate():
-    alternating = np.array([[0, 1.0], [1, 0]])
-    assert evaluate.long_run(alternating) == pytest.approx(np.full((2, 2), 0.5))
-    sticky = np.array([[1 - 1e-9, 1e-9], [3e-9, 1 - 3e-9]])
-    assert evaluate.long_run(sticky) == pytest.approx(np.array([[0.75, 0.25]] * 2), abs=1e-4)
 
 
 # ------------------------------------------------------------------- groups of seeds, what is shown
@@ -289,7 +282,7 @@ def test_a_wording_is_its_text(run, tmp_path):
 BAD_OPTIONS = """{bad}/model|differ in their model; {bad}/xi|differ in their xi; --game 1|--game; \
 {bad}/sampling|sampling; {run}/../run|given twice; --opponent me|--opponent; --game random|--game; \
 --opponent learner|--opponent; --actions A A|--actions; --actions moon moon3|told apart; \
---prompt nowhere.txt|--prompt; --prompt {bad}/lacks|{{second}}; --prompt {bad}/unknown|{{colour}}; \
+--prompt nowhere.txt|--prompt; --prompt {bad}/lacks|{{second}}; --prompt {bad}/unknown|colour; \
 --prompt {bad}/open|--prompt; --prompt {bad}/nested|--prompt; --prompt {bad}/binary|utf-8; \
 --json {bad}/notes.json|--overwrite; --json {bad}/no/such.json --overwrite|--json; \
 --json /dev/null --overwrite|no regular file; --json . --overwrite|no regular file; \

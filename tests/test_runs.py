@@ -27,7 +27,8 @@ from conftest import (
     start_training,
     wait_for,
 )
-from runs import RunFolder, read_config, read_metrics, read_state, replacing, stop_signals
+from grid import read_metrics
+from runs import RunFolder, read_config, read_state, replacing, stop_signals
 
 OPTIONS = (
     "--reward game utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "

@@ -6,7 +6,7 @@ import pytest
 import society
 from conftest import copy_run, player_of, read_json, refused, run_training
 from envs import STRATEGIES, Condition, memory_one, other_side, payoff_matrix, play
-from evaluate import frequencies
+from evaluate import shares, transitions
 from lora import load_adapter
 from policy import load_model
 from rewards import reward_array
@@ -51,10 +51,17 @@ def test_exploitability():
 def test_extortion_is_a_linear_relation_between_the_scores():
     rng, points = np.random.default_rng(0), IPD[..., 0]
     for _ in range(20):
-        extortioner, victim = STRATEGIES["extortionate"], rng.uniform(0.05, 0.95, 4)
-        share = frequencies(memory_one(extortioner), memory_one(victim), np.inf).sum(axis=0)
+        both = memory_one(STRATEGIES["extortionate"]), memory_one(rng.uniform(0.05, 0.95, 4))
+        share = shares(*both, society.long_run(transitions(*both))[0]).sum(axis=0)
         own, other = (share * points).sum(), (share * points.T).sum()
         assert own - 1 == pytest.approx(3 * (other - 1), abs=1e-9)
+
+
+def test_long_run_of_chains_that_are_hard_to_iterate():
+    alternating = np.array([[0, 1.0], [1, 0]])
+    assert society.long_run(alternating) == pytest.approx(np.full((2, 2), 0.5))
+    sticky = np.array([[1 - 1e-9, 1e-9], [3e-9, 1 - 3e-9]])
+    assert society.long_run(sticky) == pytest.approx(np.array([[0.75, 0.25]] * 2), abs=1e-4)
 
 
 @pytest.mark.parametrize("outcomes", [2, 3])

@@ -39,10 +39,10 @@ from envs import (
     play,
     replies,
 )
+from grid import read_metrics
 from policy import load_model
 from ppo import Learner
 from rewards import moral_accuracy
-from runs import read_metrics
 
 SHORT = ["--episodes", "48", "--batch", "16"]  # enough to have a run folder
 ADAPTER = "adapter_model.safetensors"
