@@ -13,10 +13,14 @@ copy of the weights. Several named adapters can share one base; at most one of t
     >>> save_adapter(model, "player", "runs/x")    # loads in PEFT and vLLM
 """
 
+import ctypes
 import json
 import math
+import mmap
+import sys
 import zlib
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,6 +37,86 @@ ANY_VALUE = (
     "revision target_modules task_type"
 ).split()
 SOME_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
+
+
+# NF4 (Dettmers et al., 2023, appendix E): 16 levels, quantiles of a normal distribution, and one
+# scale for BLOCK weights.
+LEVELS = torch.tensor(
+    [-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0]
+    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]
+)
+BLOCK = 64
+
+
+def quantise(weight):
+    """NF4 of n weights, filled up to blocks: two codes a byte, uint8 [n / 2]; float32 [n / BLOCK].
+
+    A block is scaled by its largest weight in size; a weight takes the code of the nearest level.
+    """
+    blocks = nn.functional.pad(weight.flatten().float(), (0, -weight.numel() % BLOCK))
+    blocks = blocks.view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled, codes = blocks * (1 / absmax.clamp(min=1e-38))[:, None], 0
+    for middle in ((LEVELS[1:] + LEVELS[:-1]) / 2).tolist():
+        codes = codes + (scaled > middle).to(torch.uint8)
+    return codes.flatten()[::2] << 4 | codes.flatten()[1::2], absmax
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer [in -> out] whose weight is kept as NF4."""
+
+    def __init__(self, base):
+        super().__init__()
+        weight = base.weight.data.T if isinstance(base, Conv1D) else base.weight.data
+        self.kind, self.shape, self.bias = type(base), weight.shape, base.bias
+        for name, tensor in zip(("codes", "absmax"), quantise(weight)):
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self):
+        """Dequantised, float32 [out, in]."""
+        pairs = torch.cartesian_prod(LEVELS, LEVELS).to(self.codes.device)  # of each byte
+        blocks = nn.functional.embedding(self.codes.int(), pairs).view(-1, BLOCK)
+        blocks *= self.absmax[:, None]
+        return blocks.flatten()[: self.shape.numel()].view(self.shape)
+
+    def forward(self, x):
+        y = NF4Product.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+class NF4Product(torch.autograd.Function):
+    """x W', the weight dequantised anew in each direction: none stays in the graph."""
+
+    @staticmethod
+    def forward(context, x, layer):
+        context.layer = layer
+        return x @ layer.weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient @ context.layer.weight.to(gradient.dtype), None
+
+
+def quantise_layers(model, computing):
+    """All linear layers but the output head to NF4, one by one; the rest to the computing type."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            model.set_submodule(path, NF4Linear(module))
+            forget(module.weight.data)
+    for parameter in model.parameters():
+        stored, parameter.data = parameter.data, parameter.data.to(computing, copy=True)
+        forget(stored)
+
+
+def forget(weight):
+    """Give back the memory of a weight that is mapped from a file, and what quantising left free."""
+    if sys.platform == "linux" and weight.device.type == "cpu":
+        page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+        start = -(-weight.data_ptr() // page) * page  # of the pages that are all its own
+        length = max(0, (weight.data_ptr() + weight.nbytes) // page * page - start)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        libc.malloc_trim(0)
 
 
 class LoRALinear(nn.Module):
@@ -56,7 +140,7 @@ class LoRALinear(nn.Module):
         return self.base.weight
 
     def add(self, name, rank, alpha):
-        device = self.base.weight.device
+        device = next(chain(self.base.parameters(), self.base.buffers())).device
         self.A[name] = nn.Parameter(torch.empty(rank, self.n_in, device=device))
         self.B[name] = nn.Parameter(torch.zeros(self.n_out, rank, device=device))
         self.scale[name] = alpha / rank
@@ -90,8 +174,8 @@ def add_adapter(model, name, rank, alpha, paths=None):
     """
     layers = {}
     for path, module in model.named_modules():
-        linear = isinstance(module, nn.Linear | Conv1D | LoRALinear) and not path.endswith(".base")
-        if linear and module is not model.get_output_embeddings():
+        linear = isinstance(module, nn.Linear | Conv1D | NF4Linear | LoRALinear)
+        if linear and not path.endswith(".base") and module is not model.get_output_embeddings():
             layers[path] = module
     paths = list(layers) if paths is None else paths
     foreign = [path for path in paths if path not in layers]
@@ -203,19 +287,27 @@ def load_adapter(model, name, folder):
 
 
 def merge_adapter(model, name):
-    """Add adapter `name` into the base weights and unwrap every layer: a plain model is left."""
+    """Add adapter `name` into the base weights and unwrap every layer: a plain model is left.
+
+    A layer in NF4 is dequantised.
+    """
     for path, layer in lora_layers(model).items():
+        base, weight = layer.base, layer.base.weight.data
+        if isinstance(base, NF4Linear):
+            transposed = base.kind is Conv1D
+            base = Conv1D(*base.shape) if transposed else nn.Linear(*base.shape[::-1], bias=False)
+            base.weight.data, base.bias = weight.T if transposed else weight, layer.base.bias
+            weight = base.weight.data
         if name in layer.A:
             delta = layer.scale[name] * layer.B[name] @ layer.A[name]
-            weight = layer.base.weight.data
-            weight += (delta.T if layer.transposed else delta).to(weight.dtype)
-        model.set_submodule(path, layer.base)
+            weight += (delta.T if isinstance(base, Conv1D) else delta).to(weight.dtype)
+        model.set_submodule(path, base)
 
 
 def base_fingerprint(model):
     """A few characters for the base weights: they change with any of some 97 numbers a tensor."""
     checksum = 0
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in sorted(model.state_dict().items()):
         if ".A." not in name and ".B." not in name:
             some = tensor.detach().flatten()[:: max(1, tensor.numel() // 97)].float().cpu()
             checksum = zlib.crc32(name.replace(".base.", ".").encode(), checksum)

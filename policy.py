@@ -20,7 +20,8 @@ from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora import adapter, adapter_parameters, load_adapter, read, save_adapter, write_tensors
+import lora
+from lora import adapter
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 # "Today" in a chat template that writes the date: a prompt must not change from day to day. It is a
@@ -37,7 +38,7 @@ def load_model(path, device=None, dtype="float32"):
     """(model, tokenizer) of a causal language model.
 
     path:   'tiny' (the embedded one), a folder, or a name on the Hugging Face hub
-    device: by default a GPU where there is one;  dtype: the name of a torch type
+    device: by default a GPU where there is one;  dtype: the name of a torch type, or nf4
     Raises ModelError where weights are missing (transformers would fill them with random numbers),
     are no safetensors, or need code of their own.
     """
@@ -54,7 +55,10 @@ def load_model(path, device=None, dtype="float32"):
             raise ValueError("it is quantised: name the model that it was made from")
         # The fused attention kernels know no soft-capping of attention logits (Gemma 2).
         soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        settings = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+        stored = (
+            "auto" if dtype == "nf4" else getattr(torch, dtype)
+        )  # NF4 is made of what is stored
+        settings = {"dtype": stored, "use_safetensors": True}
         settings["attn_implementation"] = "eager" if soft_capped else None
         settings["ignore_mismatched_sizes"] = True  # the report has their names
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -80,7 +84,10 @@ def load_model(path, device=None, dtype="float32"):
         faults.append("the tokenizer knows no text, or appends a token: nothing can follow it")
     if faults:
         raise ModelError(f"{path}: {faults[0]}")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "nf4":
+        lora.quantise_layers(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(device).eval(), tokenizer
 
 
 def checkpoint_layers(model):
@@ -279,7 +286,7 @@ class Policy:
 
     def parameters(self):
         """The trained tensors: the adapter's, the value head's weight [1, width] and bias [1]."""
-        return adapter_parameters(self.model, self.name) + list(self.value_head.parameters())
+        return lora.adapter_parameters(self.model, self.name) + list(self.value_head.parameters())
 
     @lru_cache(maxsize=128)  # noqa: B019 - prompts come again, and a policy lives to the end
     def trie(self, texts, answers):
@@ -342,14 +349,14 @@ class Policy:
 
     def save(self, folder):
         """Write the adapter, in PEFT's layout, and value_head.safetensors."""
-        save_adapter(self.model, self.name, folder)
-        write_tensors(folder / "value_head.safetensors", self.value_head.state_dict())
+        lora.save_adapter(self.model, self.name, folder)
+        lora.write_tensors(folder / "value_head.safetensors", self.value_head.state_dict())
 
     def load(self, folder, value_head=False):
         """Take the adapter of a folder, and its value head too. Errors as in `load_adapter`."""
-        load_adapter(self.model, self.name, folder)
+        lora.load_adapter(self.model, self.name, folder)
         if value_head:
-            self.value_head.load_state_dict(read(folder / "value_head.safetensors"))
+            self.value_head.load_state_dict(lora.read(folder / "value_head.safetensors"))
 
 
 def shared_table(trie, own):
@@ -366,11 +373,7 @@ def shared_table(trie, own):
 
 @torch.no_grad()
 def check_causal(policy, trie):
-    """Compare an entry of the untuned model's table with a plain pass over its prompt and answer.
-
-    Raises ModelError where they differ: the model is no causal decoder, or takes its positions from
-    something else than what it is given.
-    """
+    """Raise ModelError where a plain pass over prompt and answer gives not what the table has."""
     # The last one in the trie: what it shares with the others stands far from the rest of it.
     row = max(trie.rows, key=trie.prompts.__getitem__)
     prompt, answer = trie.prompts[row], trie.answers[-1]
@@ -383,7 +386,5 @@ def check_causal(policy, trie):
         expected += (scores[token] - torch.logsumexp(shared, dim=-1)).item()
     difference = abs(policy.reference(trie)[row, len(trie.paths) - 1].item() - expected)
     if difference > (0.01 if policy.model.dtype == torch.float32 else 0.5):
-        raise ModelError(
-            f"the model's answers differ by {difference:.2g} nats from those to the plain text: it "
-            "must be a causal decoder that takes the positions and the mask that it is given"
-        )
+        rule = "it must be a causal decoder that takes the positions and the mask that it is given"
+        raise ModelError(f"its answers differ by {difference:.2g} nats from plain ones: {rule}")

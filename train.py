@@ -41,7 +41,7 @@ DEFAULTS = {
     "epochs": (2, 1, 4),
     "kl_coef": (0.5, 0.2, 0.2),
 }
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "nf4")
 PROGRESS = "reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}"
 
 

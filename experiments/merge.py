@@ -21,11 +21,12 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.folder.exists():
             raise InputError("FOLDER", f"{args.folder} exists: choose another place")
-        policy = Players([args.run]).policy(args.run)
+        players = Players([args.run])
+        policy, dtype = players.policy(args.run), players.configs[args.run]["dtype"]
         merge_adapter(policy.model.float(), policy.name)
         for part in (policy.model, policy.tokenizer):
             part.save_pretrained(args.folder)
-        print(f"Merged and saved in float32: {args.folder}")
+        print(f"Merged, from {dtype}, and saved in float32: {args.folder}")
     except (OSError, ValueError) as error:
         stop(InputError("FOLDER", error))
 

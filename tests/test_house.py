@@ -45,7 +45,7 @@ def test_imports_run_one_way():
             assert imports(text) <= ours | outside | {*listed} | sys.stdlib_module_names, name
 
 
-@pytest.mark.parametrize("folder, most", [(".", 2500), ("experiments", 1500), ("tests", 3500)])
+@pytest.mark.parametrize("folder, most", [(".", 2600), ("experiments", 1500), ("tests", 3600)])
 def test_sizes(folder, most):
     lines = {name: text.count("\n") for name, text in sources(folder).items()}
     assert sum(lines.values()) <= most

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora
 from conftest import adapted_model, change_json, change_tensors, cut_file, random_model
-from lora import adapter, add_adapter, load_adapter, lora_layers, save_adapter
+from lora import NF4Linear, adapter, add_adapter, load_adapter, lora_layers, save_adapter
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 KINDS = ("gemma2", "llama", "qwen2", "gpt2", "gpt_neox")
@@ -148,3 +148,69 @@ def test_adapters_that_are_refused(fault, tmp_path):
     damage(tmp_path)
     with pytest.raises(ValueError, match=said):
         load_adapter(random_model("llama"), "player", tmp_path)
+
+
+def test_a_block_of_nf4_by_hand():
+    """-2, the largest in size, has code 0; 0 has 7, 2 has 15, and 1 / 2 the level 0.44, 12."""
+    weight = torch.tensor([-2.0, 0, 2, 1] * 16)
+    codes, absmax = lora.quantise(weight)
+    assert absmax.tolist() == [2] and codes.tolist() == [0 << 4 | 7, 15 << 4 | 12] * 16
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (7, 9)])  # the last: not whole blocks
+def test_nf4_equals_bitsandbytes(shape):
+    theirs = pytest.importorskip("bitsandbytes").functional
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(*shape[::-1])
+    codes, state = theirs.quantize_4bit(linear.weight.data, quant_type="nf4", blocksize=64)
+    ours = NF4Linear(linear)
+    assert torch.equal(ours.codes[: codes.numel()], codes.flatten())
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.weight, theirs.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_nf4_computes_learns_and_merges_as_its_dequantised_weights(kind):
+    """Logits and the adapter's gradients; of a layer nothing is left in float but its bias."""
+    ours, plain = random_model(kind), random_model(kind)
+    lora.quantise_layers(ours, torch.float32)
+    for path, layer in ours.named_modules():
+        if isinstance(layer, NF4Linear):
+            other, weight = plain.get_submodule(path), layer.weight
+            other.weight.data = weight.T if kind == "gpt2" else weight
+            assert {name for name, _ in layer.named_parameters()} <= {"bias"}
+    for model in (ours, plain):
+        add_adapter(model, "player", 4, 6)
+        torch.manual_seed(1)
+        for parameter in lora.adapter_parameters(model, "player"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        with adapter(model, "player"):
+            model(IDS).logits.square().mean().backward()
+    assert (logits(ours, "player") - logits(plain, "player")).abs().max() < 1e-5
+    pairs = zip(*(lora.adapter_parameters(model, "player") for model in (ours, plain)))
+    assert all((a.grad - b.grad).abs().max() < 1e-4 for a, b in pairs)
+    before = logits(ours, "player")
+    lora.merge_adapter(ours, "player")
+    assert not any(isinstance(layer, NF4Linear) for layer in ours.modules())
+    assert (logits(ours) - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_peft_on_a_bitsandbytes_base_gives_the_same(tmp_path):
+    """Probabilities of an adapter on a 4-bit base, theirs and ours."""
+    bnb = pytest.importorskip("bitsandbytes")
+    ours = random_model("llama")
+    lora.quantise_layers(ours, torch.float32)
+    add_adapter(ours, "player", 4, 6)
+    for parameter in lora.adapter_parameters(ours, "player"):
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(ours, "player", tmp_path)
+    theirs = random_model("llama")
+    for path, layer in list(theirs.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and path != "lm_head":
+            four = bnb.nn.Linear4bit(*layer.weight.shape[::-1], bias=False, quant_type="nf4")
+            four.weight = bnb.nn.Params4bit(layer.weight.data, quant_type="nf4", blocksize=64)
+            theirs.set_submodule(path, four.to("cpu"))
+    theirs = PeftModel.from_pretrained(theirs, tmp_path)
+    with torch.no_grad():
+        difference = theirs(IDS).logits.softmax(-1) - logits(ours, "player").softmax(-1)
+    assert difference.abs().max() < 1e-3
