@@ -110,7 +110,7 @@ def quantise_layers(model, computing):
 
 
 def forget(weight):
-    """Give back the memory of a weight that is mapped from a file, and what quantising left free."""
+    """Give back the memory of a weight that is mapped from a file, and what quantising left."""
     if sys.platform == "linux" and weight.device.type == "cpu":
         page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
         start = -(-weight.data_ptr() // page) * page  # of the pages that are all its own
