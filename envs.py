@@ -125,7 +125,7 @@ def opening(strategy):
 
 def as_player(table):
     """A language model's table [prompt 16, outcome] as a player [state, order, outcome]."""
-    table = table / table.sum(axis=-1, keepdims=True)  # it comes from float32
+    table = table / table.sum(axis=-1, keepdims=True, dtype=float)  # it comes from float32
     return table.reshape(len(STATES), ORDERS, -1)
 
 

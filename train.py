@@ -220,7 +220,7 @@ def setup(args, saved=None):
         for layout, wording in product(layouts, wordings):
             condition = first._replace(layout=layout, wording=wording)
             agents[0].policy.reference(agents[0].trie(condition))
-        check_causal(agents[0].policy, agents[0].trie(first))
+            check_causal(agents[0].policy, agents[0].trie(condition))
         settings = args.lr, args.epochs, args.kl_coef, args.kl_target, args.gamma
         agents = [agent._replace(learner=Learner(agent.policy, *settings)) for agent in agents]
         if saved:

@@ -10,6 +10,7 @@ title; the function plot_NAME draws NAME.png. Paper: training is figure 2, regre
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from textwrap import fill
 
@@ -58,8 +59,7 @@ def plot_curves(results):
     """Four measures over the episodes of training: a mean over seeds, with its 95 % interval."""
     labels = ("reward\n(points per round)", "deontological regret\n(points per round)")
     labels += ("utilitarian regret\n(0 best, 1 worst)", "illegal answers\n(share)")
-    figure, axes = new_figure(9, 5, 2, 2, sharex=True)
-    seen = []
+    (figure, axes), seen = new_figure(9, 5, 2, 2, sharex=True), []
     for group in results["groups"][1:]:
         rows, _, values = read_logs(results, group)
         episodes = [int(row["episodes"]) for row in rows]
@@ -139,12 +139,11 @@ def plot_axes(results):
     lines = [(axis, value) for axis, values in groups[0]["axes"].items() for value in values]
     figure, axes = new_figure(4 + 1.5 * len(groups), 4.8 + 0.24 * len(lines), 1, 2, sharey=True)
     ends = np.cumsum([len(values) for values in groups[0]["axes"].values()])[:-1] - 0.5
-    names = [fill(group["name"], 36) for group in groups]
     for ax, norm in zip(axes[0], ("deontological", "utilitarian")):
         means = [[g["axes"][a][v]["regret"][norm]["mean"] for g in groups] for a, v in lines]
         plot_heat_map(ax, np.array(means, dtype=float), best=0)
         ax.hlines(ends, -0.5, len(groups) - 0.5, color="white", linewidth=4)
-        ax.set_xticks(range(len(groups)), names, rotation=90)
+        ax.set_xticks(range(len(groups)), [fill(g["name"], 36) for g in groups], rotation=90)
         ax.set_title(f"{norm} regret")
     axes[0, 0].set_yticks(range(len(lines)), [f"{axis}: {value}" for axis, value in lines])
     title = "Moral regret where one thing at a time is varied, 0 (yellow) is best"
@@ -261,8 +260,7 @@ def finish(figure, *title):
 
 
 def save(figure, path):
-    with style():
-        figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
 def draw(path, folder, overwrite):
@@ -275,12 +273,15 @@ def draw(path, folder, overwrite):
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError("RESULTS", f"{path} is not of evaluate.py --json ({error})") from None
     paths = [folder / f"{plot.__name__.removeprefix('plot_')}.png" for plot in plots]
-    with style():
+    with style(), warnings.catch_warnings(record=True) as told:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in paths:
             check_free("--out", picture, overwrite)
         for figure, picture in zip([plot(results) for plot in plots], paths):
             save(figure, picture)
+    # One of each kind: a letter that no font has is told of in every picture.
+    for warning in {str(each.message)[:5]: each.message for each in told}.values():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -291,10 +292,8 @@ def main(argv=None):
         parser.add_argument("--overwrite", action="store_true", help="replace pictures there")
         args = parser.parse_args(argv)
         draw(args.results, args.out or args.results.parent / "figures", args.overwrite)
-    except InputError as error:
-        stop(error)
-    except OSError as error:  # the others are InputErrors
-        stop(InputError("--out", error))
+    except (InputError, OSError) as error:
+        stop(InputError("--out", error))  # an InputError stays as it is
 
 
 if __name__ == "__main__":

@@ -20,20 +20,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from envs import as_player, build_prompts
@@ -54,15 +44,19 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 FULL = {**GROUPED, "head_dim": 8}
 GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 CONFIGS = {
-    "gemma2": lambda: Gemma2Config(**FULL, query_pre_attn_scalar=8),
-    "gemma2-window": lambda: Gemma2Config(**FULL, query_pre_attn_scalar=8, sliding_window=7),
-    "gemma3": lambda: Gemma3TextConfig(**FULL, query_pre_attn_scalar=8, sliding_window=7),
-    "llama": lambda: LlamaConfig(**FULL),
-    "qwen2": lambda: Qwen2Config(**GROUPED),
-    "qwen3": lambda: Qwen3Config(**FULL),
-    "mistral": lambda: MistralConfig(**FULL, sliding_window=7),
-    "gpt2": lambda: GPT2Config(**GPT2),
-    "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
+    "gemma2": lambda: transformers.Gemma2Config(**FULL, query_pre_attn_scalar=8),
+    "gemma2-window": lambda: transformers.Gemma2Config(
+        **FULL, query_pre_attn_scalar=8, sliding_window=7
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **FULL, query_pre_attn_scalar=8, sliding_window=7
+    ),
+    "llama": lambda: transformers.LlamaConfig(**FULL),
+    "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**FULL),
+    "mistral": lambda: transformers.MistralConfig(**FULL, sliding_window=7),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
 }
 
 

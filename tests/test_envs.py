@@ -27,9 +27,6 @@ def play_strategy(player, name):
     return play(rng(), player, memory_one(strategy), 2000, 5, envs.opening(strategy))
 
 
-# ------------------------------------------------------------------------------ games and opponents
-
-
 def test_payoffs_are_own_first():
     ipd = payoff_matrix("ipd")
     assert ipd[D, C].tolist() == [4, 0] and ipd[C, D].tolist() == [0, 4]
@@ -80,9 +77,6 @@ def test_what_a_player_does_in_each_state():
     assert envs.replies(half)[:, C] == pytest.approx([0.55, 0.15, 0.6, 0.2])
 
 
-# --------------------------------------------------------------------------------------------- play
-
-
 def test_tit_for_tat_answers_the_move_in_the_state():
     mine, theirs = play_strategy(np.full((4, 4, 2), 0.5), "tit-for-tat")
     assert (theirs.move == mine.state // 2).all()  # also in round 0, where the state was drawn
@@ -90,10 +84,10 @@ def test_tit_for_tat_answers_the_move_in_the_state():
     assert (theirs.state == 2 * (mine.state % 2) + mine.state // 2).all()
 
 
-@pytest.mark.parametrize(
-    "opponent, first",
-    [("always-cooperate", 0), ("always-defect", 1), ("random", 0.5), ("tit-for-tat", 0.5)],
-)
+FIRST = [("always-cooperate", 0), ("always-defect", 1), ("random", 0.5), ("tit-for-tat", 0.5)]
+
+
+@pytest.mark.parametrize("opponent, first", FIRST)
 def test_opening_moves(opponent, first):
     mine, _ = play_strategy(ALWAYS[C], opponent)
     assert (mine.state[:, 0] % 2).mean() == pytest.approx(first, abs=0.05)
@@ -131,9 +125,6 @@ def test_play_is_reproducible_and_counted():
     for action, their_last in zip(mine.action.ravel(), (theirs.state // 2).ravel()):
         expected["C D illegal".split()[action] + "|" + "CD"[their_last]] += 1
     assert envs.action_counts(mine) == expected and min(expected.values()) > 0
-
-
-# ------------------------------------------------------------------------------------------ prompts
 
 
 def test_sixteen_prompts():

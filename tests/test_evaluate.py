@@ -11,18 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import conftest
 import envs
 import evaluate
-from conftest import (
-    ROOT,
-    change_json,
-    copy_run,
-    damaged_model,
-    narrow_matrices,
-    read_json,
-    refused,
-    run_training,
-)
+import society
+from conftest import ROOT, change_json, copy_run, damaged_model, read_json, refused, run_training
 from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, memory_one, opening, payoff_matrix
 from evaluate import frequencies, mean_and_interval, show
 from grid import read_metrics
@@ -46,9 +39,6 @@ def evaluated(path, *words):
     game = [] if "--game" in words else ["--game", "ipd"]
     evaluate.main([*map(str, words), *game, "--json", str(path), "--overwrite"])
     return read_json(path)
-
-
-# ------------------------------------------------------------------------------- the exact chain
 
 
 def within_four_errors(samples, exact):
@@ -119,12 +109,21 @@ def test_always_defect_against_tit_for_tat():
     assert measures["actions"]["D|C"] == pytest.approx((0.5 + 0.5) / 5)
 
 
+def test_a_million_rounds_are_the_long_run():
+    """Tables are float32, whose rows do not sum to 1."""
+    tables = np.random.default_rng(0).dirichlet([2] * 3, (2, 16)).astype(np.float32)
+    tables[0] *= np.float32(1 - 1e-7)
+    player, other = map(envs.as_player, tables)
+    assert np.abs(player.sum(axis=-1) - 1).max() < 1e-15
+    measures = evaluate.measure(player, payoff_matrix("ipd"), other, 0.5, 10**6)
+    assert sum(measures["actions"].values()) == pytest.approx(1, abs=1e-9)
+    limit = society.meet(player, other, 0.5, payoff_matrix("ipd"), 5)["long_run"]
+    assert measures["reward"]["game"] == pytest.approx(limit, abs=1e-6)
+
+
 def test_no_regret_where_all_totals_are_equal():
     measures = measure(always(D), ((0, 0), (1, -1), (-1, 1), (0, 0)), illegal=0.0)
     assert measures["regret"]["utilitarian"] is None and measures["reward"]["utilitarian"] == 0
-
-
-# ------------------------------------------------------------------- groups of seeds, what is shown
 
 
 def test_mean_and_interval():
@@ -181,6 +180,24 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
         assert first == base and second != base
 
 
+def test_a_seed_counts_once(run, tmp_path, capsys):
+    """Also on another device: both are one draw. In another group it may come again."""
+    for name, own in {"a": {}, "b": {"device": "cuda"}}.items():
+        with refused(capsys, "RUN", "of utilitarian a seed comes twice: 1 1"):
+            evaluated(tmp_path / "out.json", run, copy_run(run, tmp_path / name, **own))
+    evaluated(tmp_path / "out.json", run, copy_run(run, tmp_path / "c", lr=0.5))
+
+
+def test_the_head_says_what_training_had(run, tmp_path, capsys):
+    """Wording, layout and persona of the test, and which of them were others in training."""
+    asked = "--layout both --prompt poetic --persona moral --actions action1 action2".split()
+    evaluated(tmp_path / "out.json", run, *asked)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "layout both, prompt poetic, persona moral" in head
+    had = ["In training --layout was original.", "In training --prompt was structured."]
+    assert [line for line in lines if line.startswith("In training")] == had
+
+
 def test_what_is_new_at_test_is_not_in_the_built_in_names():
     tested = {name for pair in evaluate.AXES["actions"] for name in pair.split()}
     tested -= {"action1", "action2"}  # these are the default of training
@@ -204,9 +221,6 @@ def test_both_roles_and_the_warning(free, tmp_path, capsys):
     assert "swapped" not in evaluated(path, known, *swapped)["runs"][0]
     printed = capsys.readouterr().out
     assert "leans to the word" not in printed and "In training" not in printed
-
-
-# --------------------------------------------------------------------------------- runs as players
 
 
 @pytest.mark.parametrize("kind", ["run", "free"])
@@ -275,9 +289,6 @@ def test_a_wording_is_its_text(run, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
-# --------------------------------------------------------------------------------------- bad input
-
-
 # What is typed behind RUN, and a part of the line that refuses it.
 BAD_OPTIONS = """{bad}/model|differ in their model; {bad}/xi|differ in their xi; --game 1|--game; \
 {bad}/sampling|sampling; {run}/../run|given twice; --opponent me|--opponent; --game random|--game; \
@@ -311,7 +322,7 @@ def bad(run, tmp_path_factory):
     (copy_run(run, folder / "json") / "config.json").write_text("{")
     (copy_run(run, folder / "half") / "result.json").unlink()
     (copy_run(run, folder / "lost") / "adapter_model.safetensors").unlink()
-    narrow_matrices(copy_run(run, folder / "narrow") / "adapter_model.safetensors")
+    conftest.narrow_matrices(copy_run(run, folder / "narrow") / "adapter_model.safetensors")
     path = copy_run(run, folder / "nan") / "adapter_model.safetensors"
     save_file({key: tensor * np.nan for key, tensor in load_file(path).items()}, path)
     change_json(copy_run(run, folder / "dora") / "adapter_config.json", use_dora=True)

@@ -12,6 +12,7 @@ from lora import NF4Linear, adapter, add_adapter, load_adapter, lora_layers, sav
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 KINDS = ("gemma2", "llama", "qwen2", "gpt2", "gpt_neox")
+TARGETS = {"gemma2": ["q_proj", "v_proj"], "llama": "all-linear", "gpt2": ["c_attn", "c_proj"]}
 adapted = partial(adapted_model, rank=4, alpha=6)
 
 
@@ -33,10 +34,7 @@ def test_saved_here_loads_in_peft_and_comes_back(kind, tmp_path):
     assert torch.equal(logits(again, "player"), logits(model, "player"))
 
 
-@pytest.mark.parametrize(
-    "kind, targets",
-    [("gemma2", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])],
-)
+@pytest.mark.parametrize("kind, targets", TARGETS.items())
 def test_trained_by_peft_loads_here(kind, targets, tmp_path):
     settings = {"target_modules": targets, "task_type": "CAUSAL_LM"}
     config = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=kind == "gpt2", **settings)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BartConfig, BertConfig, LlamaConfig
+from transformers import AutoTokenizer
 
 import conftest
 import policy as policies
@@ -169,17 +169,6 @@ def test_prompts_are_dealt_out(monkeypatch):
         policies.own_rows(prompts[:3])
 
 
-def test_models_that_cannot_take_a_trie():
-    for key, value, words in (
-        ("max_position_embeddings", 10, "takes 10 tokens, the prompt has 19"),
-        ("layer_types", ["full_attention", "chunked_attention"], "layers of chunked_attention"),
-    ):
-        policy, trie = adapted_policy("llama")
-        setattr(policy.model.config, key, value)
-        with pytest.raises(ValueError, match=words):
-            policy(trie)
-
-
 def test_boundary_of_the_embedded_model(tiny):
     _, tokenizer = tiny
     texts, answers = encode(tokenizer, ["Hi."], ("moon7", "K"))
@@ -246,13 +235,14 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
-def other_class(name, config, without=None, **settings):
+def other_class(name, without=None, **settings):
     """Weights of another class of model (but one), with the embedded model's tokenizer."""
 
     def write(folder):
         torch.manual_seed(0)
         size = len(AutoTokenizer.from_pretrained(ROOT / "tiny"))
-        model = getattr(transformers, name)(config(vocab_size=size, **settings))
+        kind = getattr(transformers, name)
+        model = kind(kind.config_class(vocab_size=size, **settings))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(5)
@@ -260,6 +250,23 @@ def other_class(name, config, without=None, **settings):
         weights(lambda tensors: {k: tensors[k] for k in tensors if k != without})(folder)
 
     return write
+
+
+def named(*names):
+    """Chat templates by names; the one of the embedded model's own file is the default one."""
+
+    def write(folder):
+        own = {"default": (folder / "chat_template.jinja").read_text()}
+        (folder / "chat_template.jinja").unlink()
+        templates = [{"name": name, "template": own.get(name, "tools")} for name in names]
+        conftest.change_json(folder / "tokenizer_config.json", chat_template=templates)
+
+    return write
+
+
+def only_a_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def code_of_its_own(folder):
@@ -293,18 +300,30 @@ def missing_shard(folder):
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
 BART = {"decoder_layers": 2, "decoder_attention_heads": 2, "d_model": 32, "init_std": 0.3}
+FEWER = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
 LAYERS = {"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MODELS = {  # what is done to a model folder -> words of the line that refuses it
     "a weight is missing": (first_matrix(lambda matrix: None), "lack proj"),
-    "a head is missing": (other_class("LlamaForCausalLM", LlamaConfig, HEAD, **SMALL), "lack head"),
+    "a head is missing": (other_class("LlamaForCausalLM", HEAD, **SMALL), "lack head"),
     "keys have a prefix": (weights(lambda t: {f"base_model.{k}": t[k] for k in t}), "lack"),
     "another shape": (first_matrix(lambda matrix: matrix[:, :-1].contiguous()), "lack proj"),
     "more layers than weights": (config(**LAYERS), "lack layers.6"),
+    "more weights than layers": (config(**FEWER), "no place for layers.5"),
+    "a weight of nobody's": (weights(lambda t: {**t, "x.y": t[EMBEDDING] + 0}), "no place for x.y"),
+    "quantised": (config(quantization_config={"quant_method": "fp8"}), "quantised name"),
     "a shard is missing": (missing_shard, "00002"),
     "weights that are not finite": (first_matrix(lambda matrix: matrix / 0), "not finite"),
-    "an encoder": (other_class("BertLMHeadModel", BertConfig, **SMALL), "nats causal"),
-    "positions of its own": (other_class("BartForCausalLM", BartConfig, **BART), "nats positions"),
+    "an encoder": (other_class("BertLMHeadModel", **SMALL), "nats causal"),
+    "positions of its own": (other_class("BartForCausalLM", **BART), "nats positions"),
+    "ALiBi": (other_class("FalconForCausalLM", alibi=True, **SMALL), "attention kind"),
+    "ALiBi, unasked": (other_class("BloomForCausalLM", **SMALL), "attention kind"),
+    "a recurrence": (other_class("MambaForCausalLM", **SMALL), "layers linear_attention plain"),
+    "no default among named templates": (named("tool_use", "rag"), "default"),
+    "a cut file": (lambda at: conftest.cut_file(at / "model.safetensors", 1000), "cannot load"),
+    "a pickle": (only_a_pickle, "safetensors"),
+    "no JSON": (write("config.json", "{"), "cannot load"),
+    "too short for one wording": (config(max_position_embeddings=60), "takes 60 tokens has 116"),
     "code in the folder": (code_of_its_own, "code of its own"),
     "an adapter in the folder": (write("adapter_config.json", "{}"), "holds an adapter"),
     "the tokenizer of a larger model": (fewer_embeddings, "knows 400 tokens tokenizer"),
@@ -319,6 +338,9 @@ TEMPLATES = {
     "{{ messages[0]['content'] }}": "leaves a turn out",  # the assistant's
     "{{ messages[1]['content'] }}": "leaves a turn out",  # the user's
 }
+EAGER = ["GPTJForCausalLM", "CodeGenForCausalLM", "GptOssForCausalLM"]
+ROTARY = {**SMALL, "num_attention_heads": 4, "rotary_dim": 4, "num_key_value_heads": 2}
+ROTARY |= {"head_dim": 8, "intermediate_size": 48, "num_local_experts": 4}
 MODELS |= {text: (write("chat_template.jinja", text), words) for text, words in TEMPLATES.items()}
 
 
@@ -328,9 +350,28 @@ def test_models_that_are_refused(fault, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # "run the code?"
     damage, words = MODELS[fault]
     model = conftest.damaged_model(tmp_path / "model", damage)
+    options = ["--reward", "game", "--prompt", "choice", "structured", "--model", model]
     with conftest.refused(capsys, "--model", *words.split()):
-        conftest.run_training(tmp_path / "run", "--reward", "game", "--model", model)
+        conftest.run_training(tmp_path / "run", *options)
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_class_without_sdpa_equals_plain_passes(name, tmp_path):
+    folder = conftest.damaged_model(tmp_path / "m", other_class(name, **ROTARY))
+    policy = Policy(*policies.load_model(folder), None, free=True)
+    assert policy.model.config._attn_implementation == "eager"
+    trie = policy.trie(build_prompts(Condition())[::5], ("action1", "action2"))
+    with torch.no_grad():
+        expected = plain_passes(policy, trie.prompts, trie.answers)
+    assert largest_difference(policy(trie, graph=False), expected) < 1e-4
+    assert expected[0].std() > 0.1
+
+
+def test_of_named_chat_templates_the_default_one_is_used(tmp_path, tiny):
+    folder = conftest.damaged_model(tmp_path / "model", named("tool_use", "default"))
+    _, tokenizer = policies.load_model(folder)
+    assert encode(tokenizer, ["Hi."], ("A", "B")) == encode(tiny[1], ["Hi."], ("A", "B"))
 
 
 def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, tmp_path, tiny):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import envs
 import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
 from rewards import REWARDS, moral_accuracy, optimum, reward_array
@@ -114,6 +115,18 @@ def test_against_a_known_opponent(reward, game, opponent, best):
     assert optimum(reward, payoffs, replies=against).tolist() == [int(p) for p in best]
     assert moral_accuracy(reward, player, payoffs, replies=against) == 1
     assert moral_accuracy(reward, player[..., ::-1], payoffs, replies=against) == 0
+
+
+@pytest.mark.parametrize("reward", ["game", "utilitarian", "game+deontological"])
+def test_what_is_added_to_all_points_changes_no_optimum(reward):
+    for least in (-(10.0**6), -100_000, 100_000, 10.0**6):
+        for best in (optimum(reward, IPD + least), optimum(reward, IPD / 1e6, xi=3e-6)):
+            assert best.tolist() == [int(p) for p in OPTIMA[reward]]
+    most = "1000000 -1000000 0 4 4 0 1".split()
+    assert envs.parse_games([*most, "1"])[0][0] == (10**6, -(10**6))
+    for point in ("1000001", "-1000001"):
+        with pytest.raises(ValueError, match="up to 1000000"):
+            envs.parse_games([*most, point])
 
 
 def test_where_nothing_is_better():

@@ -14,19 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import conftest
 import train
-from conftest import (
-    ROOT,
-    change_json,
-    copy_run,
-    cut_file,
-    narrow_matrices,
-    read_json,
-    refused,
-    run_training,
-    start_training,
-    wait_for,
-)
+from conftest import ROOT, change_json, copy_run, read_json, refused, run_training, start_training
 from grid import read_metrics
 from runs import RunFolder, read_config, read_state, replacing, stop_signals
 
@@ -77,9 +67,6 @@ def whole(tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------- stopped, continued
-
-
 def test_resumes_to_the_same_bytes_from_every_state(whole, tmp_path):
     states = sorted(whole.glob("state*"))
     assert len(states) == 3 and not (whole / "run" / STATE).exists()
@@ -97,7 +84,7 @@ def test_killed_during_a_save_and_after_further_rows(whole, tmp_path, monkeypatc
         if os.path.basename(target) == STATE:
             saves.append(target)
             if len(saves) == 3:
-                cut_file(path, 100)
+                conftest.cut_file(path, 100)
                 raise Killed
         return replace(path, target)
 
@@ -127,7 +114,7 @@ def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
 def test_signals(number, tmp_path):
     out = tmp_path / "run"
     process = start_training(*SHORT, "--episodes", "48", "--out", str(out))
-    wait_for(out / STATE, process)
+    conftest.wait_for(out / STATE, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     killed = number == signal.SIGKILL
@@ -153,7 +140,7 @@ def test_disk_full(whole, tmp_path):
     resource = pytest.importorskip("resource")
     out = tmp_path / "run"
     process = start_training(*OPTIONS, "--out", str(out))
-    wait_for(out / STATE, process)
+    conftest.wait_for(out / STATE, process)
     half = (out / STATE).stat().st_size // 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
     _, errors = process.communicate(timeout=60)
@@ -174,9 +161,6 @@ def test_not_finite_ends_the_run_with_the_last_good_state(updates, tmp_path, cap
     assert not (tmp_path / "run" / ADAPTER).exists()
 
 
-# --------------------------------------------------------------------------- what is refused, kept
-
-
 def other_state(run, number):
     """A state with one tensor, of one number, and the JSON that was there."""
     with safe_open(run / STATE, "pt") as file:
@@ -185,11 +169,11 @@ def other_state(run, number):
 
 
 DAMAGES = [
-    (lambda run: cut_file(run / STATE, 5000), [STATE]),
+    (lambda run: conftest.cut_file(run / STATE, 5000), [STATE]),
     (lambda run: (run / STATE).unlink(), [STATE]),
     (lambda run: torch.save({"weight": torch.zeros(3)}, run / STATE), [STATE]),  # a pickle
     (lambda run: other_state(run, 0.0), []),
-    (lambda run: narrow_matrices(run / STATE), ["shape"]),
+    (lambda run: conftest.narrow_matrices(run / STATE), ["shape"]),
     (lambda run: other_state(run, torch.nan), [STATE, "not finite"]),
     (lambda run: (run / "metrics.csv").write_text(""), ["metrics.csv"]),
     (lambda run: (run / "metrics.csv").unlink(), ["metrics.csv"]),
@@ -290,8 +274,6 @@ def test_a_run_that_could_not_begin_is_replaced_with_the_usual_permissions(tmp_p
     assert not (out / "config.json.tmp").exists() and read_config(out, "RUN")["seed"] == 1
 
 
-# ------------------------------------------------------------------------------- several processes
-
 # A low rate: Adam's first steps are its rate times the gradient's sign, also where that is rounding
 # noise.
 SHARED = "--reward utilitarian --opponent learner --batch 8 --lr 1e-4 --save-every 1".split()
@@ -324,7 +306,7 @@ def test_three_processes_give_the_same_metrics(alone, tmp_path):
 def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alone, tmp_path):
     run = tmp_path / "run"
     process = start_training(*SHARED, "--episodes", "32000", "--out", str(run), processes=2)
-    wait_for(run / STATE, process)
+    conftest.wait_for(run / STATE, process)
     while (run / "metrics.csv").read_text().count("\n") < 4:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)

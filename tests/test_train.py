@@ -1,44 +1,22 @@
 """train.py: what a user types, what the run folder holds, and what happens to bad input."""
 
+import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
+import conftest
+import envs
 import train
-from conftest import (
-    ROOT,
-    change_json,
-    copy_run,
-    cut_file,
-    damaged_model,
-    player_of,
-    random_model,
-    read_json,
-    refused,
-    run_training,
-)
-from envs import (
-    ACTION_TYPES,
-    GAMES,
-    ILLEGAL,
-    STATES,
-    C,
-    Condition,
-    action_counts,
-    by_state,
-    memory_one,
-    other_side,
-    payoff_matrix,
-    play,
-    replies,
-)
+from conftest import ROOT, change_json, copy_run, player_of, read_json, refused, run_training
+from envs import ACTION_TYPES, STATES, C, Condition, by_state, payoff_matrix
 from grid import read_metrics
 from policy import load_model
 from ppo import Learner
@@ -58,7 +36,6 @@ def probabilities(row, side=""):
     return {state: float(row[f"{side}P(C|{state})"]) for state in STATES}
 
 
-# ---------------------------------------------------------------------------------------- learning
 # All seeds and opponents, with the default batch: experiments/learning.py. An update takes the same
 # time whatever the batch: this large one has less noise and needs fewer updates.
 LEARN = "--batch 1024 --episodes 14336".split()
@@ -100,9 +77,6 @@ def test_unlearning(tmp_path):
     assert result["reward"] == ["game", "utilitarian"]
 
 
-# ---------------------------------------------------------------------------------- the run folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two runs of seed 1 and one of seed 2, short ones."""
@@ -122,6 +96,20 @@ def test_until_stops_as_soon_as_all_have_learned(opponent, tmp_path):
         assert np.mean(list(result[f"{side}policy_after"].values())) >= 0.8  # all states prefer C
     least = [min(float(row[key]) for key in row if key.endswith("accuracy")) for row in rows]
     assert len(rows) > 2 and max(least) < 0.8
+
+
+def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
+    """All is one to the first player, and then to the second: NaN, wherever it stands."""
+    options = ["--reward", "game", "--opponent", "learner", "--until", "0.6", "--batch", "1024"]
+    for game in ("1 0 1 3 1 0 1 3", "0 1 0 1 3 1 3 1"):
+        out = tmp_path / game[:1]
+        run_training(out, *options, "--game", *game.split())
+        last = read_metrics(out)[-1]
+        assert [last["accuracy"], last["opponent accuracy"]].count("nan") == 1
+        assert int(last["episodes"]) < 25600 and "Learned" in capsys.readouterr().out
+    with refused(capsys, "--until", "no action is better"):
+        run_training(tmp_path / "run", *options, "--game", *["1"] * 8)
+    assert not (tmp_path / "run").exists()
 
 
 UNTIL = [
@@ -198,15 +186,15 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     game = ((3, 2), (-1, 0), (0, -2), (2, 3))
     condition = Condition(game, ("moon", "river"), "both", "unstructured")
     player = player_of(*load_model("tiny", "cpu"), condition, free=True)
-    opponent = memory_one((0.9, 0.2, 0.6, 0.4))
-    mine, theirs = play(np.random.default_rng(9), player, opponent, 50, 7)
+    opponent = envs.memory_one((0.9, 0.2, 0.6, 0.4))
+    mine, theirs = envs.play(np.random.default_rng(9), player, opponent, 50, 7)
     points, counts = [], dict.fromkeys(ACTION_TYPES, 0)
     rounds = mine.state, mine.action, mine.move, theirs.move
     for state, action, move, other in zip(*(array.ravel() for array in rounds)):
         after_c = state in (0, 2)  # the opponent's last move is the second letter of CC CD DC DD
         counts["C D illegal".split()[action] + "|" + "DC"[after_c]] += 1
         penalty = 2 * (move == 1 and after_c)
-        points.append(-4 if action == ILLEGAL else game[2 * move + other][0] - penalty)
+        points.append(-4 if action == envs.ILLEGAL else game[2 * move + other][0] - penalty)
     row = read_metrics(out)[0]
     assert float(row["reward"]) == pytest.approx(np.mean(points), abs=1e-5)
     assert {kind: int(row[kind]) for kind in counts} == counts
@@ -231,7 +219,7 @@ def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):
 def test_any_causal_model_trains(kind, tmp_path, tiny):
     """Another architecture, random weights, the embedded tokenizer; its defaults, the paper's."""
     folder = tmp_path / "model"
-    model = random_model(kind)
+    model = conftest.random_model(kind)
     model.resize_token_embeddings(len(tiny[1]))
     model.save_pretrained(folder)
     tiny[1].save_pretrained(folder)
@@ -256,7 +244,7 @@ def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
     rows = read_metrics(out)
     games, pairs, layouts, wordings = zip(*(row["condition"].split("; ") for row in rows))
     for row, game in zip(rows, games):
-        cells = GAMES["stag-hunt"]
+        cells = envs.GAMES["stag-hunt"]
         if game != "stag-hunt":
             cells = [tuple(map(int, cell.split(","))) for cell in game.split()]
         # Of 20 rounds; the opponent plays D.
@@ -280,9 +268,6 @@ def test_says_what_it_does_when_the_names_change_places(names, tmp_path, capsys)
     own, other = capsys.readouterr().out.split("In a word: ")[1].splitlines()[:2]
     assert own.endswith("-> always cooperate")
     assert other == "With the two action names in each other's role: always defect"
-
-
-# ------------------------------------------------------------------------- who is on the other side
 
 
 def test_two_learners(tmp_path):
@@ -316,11 +301,12 @@ def test_a_learning_opponent_reads_is_paid_and_is_judged_from_its_own_side(tmp_p
     payoffs, condition = payoff_matrix(game), Condition(game)
     rows = read_metrics(tmp_path / "run")
     for row in rows:
-        mine = memory_one(list(probabilities(row).values()))
-        theirs = memory_one(list(probabilities(row, "opponent ").values()))
-        accuracy = moral_accuracy("game", mine, payoffs, replies=replies(theirs))
+        mine = envs.memory_one(list(probabilities(row).values()))
+        theirs = envs.memory_one(list(probabilities(row, "opponent ").values()))
+        accuracy = moral_accuracy("game", mine, payoffs, replies=envs.replies(theirs))
         assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-4)
-        accuracy = moral_accuracy("game", theirs, other_side(payoffs), replies=replies(mine))
+        view = envs.other_side(payoffs)
+        accuracy = moral_accuracy("game", theirs, view, replies=envs.replies(mine))
         assert float(row["opponent accuracy"]) == pytest.approx(accuracy, abs=1e-4)
         assert row["reward"] != row["opponent reward"]
     assert probabilities(rows[0]) == pytest.approx(result["policy_before"], abs=1e-5)
@@ -329,12 +315,12 @@ def test_a_learning_opponent_reads_is_paid_and_is_judged_from_its_own_side(tmp_p
 
     model, tokenizer = load_model("tiny", "cpu")
     players = [player_of(model, tokenizer, condition, second=second) for second in (False, True)]
-    seen = play(np.random.default_rng(1), *players, 16, 5)
+    seen = envs.play(np.random.default_rng(1), *players, 16, 5)
     points = payoffs[seen[0].move, seen[1].move].mean(axis=(0, 1))
     for side, own, mean in zip(("", "opponent "), seen, points):
         assert float(rows[0][f"{side}reward"]) == pytest.approx(mean, abs=1e-5)
-        assert {kind: int(rows[0][side + kind]) for kind in ACTION_TYPES} == action_counts(own)
-    assert action_counts(seen[0]) != action_counts(seen[1])
+        assert {kind: int(rows[0][side + kind]) for kind in ACTION_TYPES} == envs.action_counts(own)
+    assert envs.action_counts(seen[0]) != envs.action_counts(seen[1])
 
 
 def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
@@ -352,7 +338,19 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     assert frozen.shape == (4, 4, 3)
 
 
-# --------------------------------------------------------------------------------------- bad input
+def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch, capsys):
+    """Signals are not handled there, a network mount knows no modes, verbosity is the caller's."""
+    for name in ("chmod", "fchmod", "utime", "chown"):
+        monkeypatch.setattr(os, name, Mock(side_effect=PermissionError))
+    options = ["--layout", "both", "--prompt", "unstructured", "poetic", *SHORT]
+    level = logging.get_verbosity()
+    logging.set_verbosity(17)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run_training, tmp_path / "run", "--reward", "game", *options).result()
+    assert logging.get_verbosity() == 17 and logging.is_progress_bar_enabled()
+    logging.set_verbosity(level)
+    again = f"evaluate.py {tmp_path / 'run'} --layout both --prompt unstructured"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(again)
 
 
 # What is typed, and behind the bar a part of the line that refuses it, which names the option, too.
@@ -397,50 +395,14 @@ def test_bad_options(typed, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def only_a_pickle(folder):
-    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    (folder / "model.safetensors").unlink()
-    torch.save(state, folder / "pytorch_model.bin")
+def poison(name):
+    """A function: put NaN into the first tensor by name in a file of a folder."""
 
+    def change(tensors):
+        tensors[min(tensors)][0] = float("nan")
+        return tensors
 
-DAMAGES = [
-    (lambda model: cut_file(model / "model.safetensors", 1000), "model"),
-    (only_a_pickle, "safetensors"),
-    (lambda model: (model / "config.json").write_text("{"), "model"),
-    (lambda model: (model / "tokenizer.json").unlink(), "tokenizer"),
-    # The first wording, `choice`, is short enough for the model, the second is not.
-    (lambda model: change_json(model / "config.json", max_position_embeddings=60), "tokens"),
-]
-
-
-@pytest.mark.parametrize("damage, word", DAMAGES)
-def test_damaged_models_are_refused(damage, word, capsys, tmp_path):
-    model = damaged_model(tmp_path / "model", damage)
-    options = ["--reward", "game", "--model", model, "--prompt", "choice", "structured"]
-    with refused(capsys, "--model", word):
-        run_training(tmp_path / "run", *options)
-    assert not (tmp_path / "run").exists()
-
-
-def poison(name, index=0, key=None):
-    """A function: put NaN into a tensor (the first by name) in a file of a folder."""
-
-    def change(folder):
-        tensors = load_file(folder / name)
-        tensors[key or min(tensors)][index] = float("nan")
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-
-    return change
-
-
-def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, tmp_path, tiny):
-    [token] = tiny[1](" moon", add_special_tokens=False)["input_ids"]
-    damage = poison("model.safetensors", token, "model.embed_tokens.weight")
-    options = ["--model", damaged_model(tmp_path / "model", damage), *SHORT]
-    options += ["--actions", "sun", "river", "moon", "--sampling", "constrained"]
-    with refused(capsys, "--model", "not finite"):
-        run_training(tmp_path / "run", "--reward", "game", *options)
-    assert (tmp_path / "run" / "metrics.csv").exists()  # it had begun
+    return lambda folder: conftest.change_tensors(folder / name, change)
 
 
 UNUSABLE = [
