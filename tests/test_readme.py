@@ -57,7 +57,7 @@ def test_every_command_and_snippet(fork):
     # One process for all: to import torch takes as long as most of them.
     code = ["import glob, runpy, sys; sys.path.append('experiments')"]
     for command, snippet in shown:
-        words = shlex.split(command.replace("train.py", "train.py --episodes 512"), comments=True)
+        words = shlex.split(command.replace("train.py", "train.py --episodes 256"), comments=True)
         code.append(f"words = [w for x in {words[1:]} for w in sorted(glob.glob(x)) or [x]]")
         code.append(snippet or "sys.argv = words; runpy.run_path(words[0], run_name='__main__')")
     in_fork(fork, sys.executable, "-c", "\n".join(code))
@@ -73,7 +73,7 @@ def test_group_relative_advantage(fork):
     replaced = text.replace(f"        {line}\n", textwrap.indent(snippet, " " * 8))
     (fork / file).write_text(replaced.replace("VF_COEF = 0.1", "VF_COEF = 0"))
     options = ["--reward", "utilitarian", "--opponent", "random"]
-    options += ["--episodes", "10240", "--out", "run"]
+    options += ["--episodes", "7680", "--out", "run"]
     in_fork(fork, sys.executable, "train.py", *options)
     assert min(read_json(fork / "run" / "result.json")["policy_after"].values()) >= 0.95
 
