@@ -110,7 +110,7 @@ def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
     assert files(tmp_path / "state1")["metrics.csv"] == files(tmp_path / "run")["metrics.csv"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_signals(number, tmp_path):
     out = tmp_path / "run"
     process = start_training(*SHORT, "--episodes", "48", "--out", str(out))
