@@ -105,8 +105,11 @@ def quantise_layers(model, computing):
             model.set_submodule(path, NF4Linear(module))
             forget(module.weight.data)
     for parameter in model.parameters():
-        stored, parameter.data = parameter.data, parameter.data.to(computing, copy=True)
-        forget(stored)
+        stored, parameter.data = parameter.data, torch.empty_like(parameter.data, dtype=computing)
+        parts = (data.flatten().split(2**24) for data in (stored, parameter.data))
+        for part, computed in zip(*parts):
+            computed.copy_(part)
+            forget(part)
 
 
 def forget(weight):
@@ -117,6 +120,12 @@ def forget(weight):
         length = max(0, (weight.data_ptr() + weight.nbytes) // page * page - start)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
         libc.malloc_trim(0)
+
+
+def give_back_at_once():
+    """Let the C library return all memory above 1 MB when it is freed: else gaps of it are kept."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # -3: M_MMAP_THRESHOLD
 
 
 class LoRALinear(nn.Module):

@@ -34,15 +34,18 @@ class ModelError(ValueError):
     """The model folder is at fault, not what is asked of it."""
 
 
-def load_model(path, device=None, dtype="float32"):
+def load_model(path, device=None, dtype="float32", checkpointing=False):
     """(model, tokenizer) of a causal language model.
 
     path:   'tiny' (the embedded one), a folder, or a name on the Hugging Face hub
     device: by default a GPU where there is one;  dtype: the name of a torch type, or nf4
+    checkpointing: less memory, more time, see `checkpoint_layers`
     Raises ModelError where weights are missing (transformers would fill them with random numbers),
     are no safetensors, or need code of their own.
     """
     path = EMBEDDED if path == "tiny" else path
+    if checkpointing:
+        lora.give_back_at_once()
     if (Path(path) / "adapter_config.json").exists():
         raise ModelError(f"{path} holds an adapter: name the model that it was made for")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -55,12 +58,9 @@ def load_model(path, device=None, dtype="float32"):
             raise ValueError("it is quantised: name the model that it was made from")
         # The fused attention kernels know no soft-capping of attention logits (Gemma 2).
         soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        stored = (
-            "auto" if dtype == "nf4" else getattr(torch, dtype)
-        )  # NF4 is made of what is stored
-        settings = {"dtype": stored, "use_safetensors": True}
-        settings["attn_implementation"] = "eager" if soft_capped else None
-        settings["ignore_mismatched_sizes"] = True  # the report has their names
+        stored = "auto" if dtype == "nf4" else getattr(torch, dtype)  # NF4 is made of this
+        settings = {"dtype": stored, "attn_implementation": "eager" if soft_capped else None}
+        settings |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # they are reported
         model, report = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=False, output_loading_info=True, **settings
         )
@@ -87,7 +87,9 @@ def load_model(path, device=None, dtype="float32"):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "nf4":
         lora.quantise_layers(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return model.to(device).eval(), tokenizer
+    if checkpointing:
+        checkpoint_layers(model)
+    return model.to(device), tokenizer
 
 
 def checkpoint_layers(model):

@@ -178,7 +178,7 @@ def setup(args, saved=None):
     import transformers
 
     from lora import add_adapter, base_fingerprint
-    from policy import ModelError, Policy, check_causal, checkpoint_layers, encode, load_model
+    from policy import ModelError, Policy, check_causal, encode, load_model
     from ppo import Learner
 
     torch.manual_seed(args.seed)
@@ -189,11 +189,9 @@ def setup(args, saved=None):
     try:
         torch.zeros(1, device=args.device).item()
         asked = "--model"
-        model, tokenizer = load_model(args.model, args.device, args.dtype)
+        model, tokenizer = load_model(args.model, args.device, args.dtype, args.checkpointing)
         own = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
         add_adapter(model, "player", args.rank, args.alpha)
-        if args.checkpointing:
-            checkpoint_layers(model)
         agents = [Agent(Policy(model, tokenizer, "player", free), second=False)]
         asked = "--init"
         if args.init and not args.resume:  # a saved state has all of it
