@@ -316,10 +316,8 @@ class Policy:
             del out
 
             # Constrained, the tokens that continue an answer share the mass; free, all tokens do.
-            total = []
-            for q, children in enumerate(trie.children):
-                shared = logits[:, q] if self.free else logits[:, q, children]
-                total.append(torch.logsumexp(shared, dim=-1))
+            allowed = [slice(None)] * len(trie.children) if self.free else trie.children
+            total = [logits[:, q, tokens].logsumexp(dim=-1) for q, tokens in enumerate(allowed)]
 
             # An answer's log-probability is the sum along its path.
             steps = [[logits[:, q, token] - total[q] for q, token in path] for path in trie.paths]
