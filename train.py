@@ -119,15 +119,15 @@ def parse(argv=None):
         runs.read_config(who, "--opponent")
 
     # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
-    drawn = len(games) * len(args.layout) * len(args.prompt) > 1 or len(names) > 2
-    endless = drawn or games == ["random"] or args.gamma > 0
+    drawn = max(map(len, (games, names[1:], args.layout, args.prompt))) > 1 or games == ["random"]
+    args.lr_falls, endless = drawn and not args.paper, drawn or args.gamma > 0
     if args.until and endless:
         raise InputError("--until", "not with --gamma, nor where games, names or texts vary")
     for key, (embedded, other, paper) in DEFAULTS.items():
         if getattr(args, key) is None:
             own = embedded if args.model == "tiny" else other
             setattr(args, key, paper if args.paper else own)
-    if endless:
+    if endless or args.until == 1:
         args.until = None
     if phases(args) != sorted(set(phases(args))):
         raise InputError("--episodes", "each of the phases needs an update of its own: raise it")
@@ -209,8 +209,7 @@ def setup(args, saved=None):
             frozen.load(who)
             opponent = lru_cache(maxsize=64)(Agent(frozen, second=True).player)
         else:
-            fixed = envs.memory_one(who)
-            opponent = lambda condition: fixed  # noqa: E731
+            opponent = lambda condition: envs.memory_one(who)  # noqa: E731
         asked, (_, names, layouts, wordings) = "--actions", choices(args)
         first = envs.first_condition(*choices(args))
         encode(tokenizer, envs.build_prompts(first), names)  # at once: any two of them differ
@@ -230,9 +229,8 @@ def setup(args, saved=None):
         raise InputError("--model" if isinstance(error, ModelError) else asked, error) from error
     if args.until:
         payoffs = envs.payoff_matrix(first.game)
-        players = [agent.player(first) for agent in agents] + (
-            [opponent(first)] if opponent else []
-        )
+        players = [agent.player(first) for agent in agents]
+        players += [opponent(first)] if opponent else []
         judged = judge(args.reward[-1], players, (payoffs, envs.other_side(payoffs)), args.xi)
         if np.isnan(judged[: len(agents)]).all():
             raise InputError("--until", "no action is better by this reward in this game: give 1")
@@ -274,6 +272,10 @@ def train(args, agents, opponent, folder, state, stop):
             save(update)
         reward = args.reward[sum(update >= start for start in starts) - 1]
         episodes = min(args.batch, args.episodes - update * args.batch)
+
+        # Smaller and smaller steps where conditions vary: else a late one undoes what was learned.
+        for agent in agents if args.lr_falls else ():
+            agent.learner.optimizer.param_groups[0]["lr"] = args.lr * (1 - update / total)
 
         # Draw what is played in this update: the game, the action names, their layout and wording.
         condition = envs.draw_condition(rng, *choices(args))

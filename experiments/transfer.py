@@ -1,14 +1,12 @@
 """A word or a moral? How often an agent does what its reward asks for where something is new.
 
     python experiments/transfer.py              # trains and tests four rewards, more and more
-                                                # things varied: half an hour on two cores
-    python experiments/transfer.py --model FOLDER    # any other model: two seeds, two hours
+                                                # things varied, at last all six: an hour
+    python experiments/transfer.py --model FOLDER --seeds 2    # any other model: two hours
     python experiments/transfer.py runs/*       # tests these runs
 
-Without runs of your own: 5 seeds on the embedded model, 3 where layouts or games vary, in
-results/MODEL/transfer/runs; what is finished is skipped, what was interrupted is resumed. Written
-are transfer.json, .md and .png (a heat map) and, of agents that saw many names, names.txt: how many
-entries of the policy, in pairs of names never seen, are within 0.05 of the optimum.
+Without runs of your own: 3 seeds of each kind in results/MODEL/transfer/runs; what is finished is
+skipped, what was interrupted is resumed. Written are transfer.json, .md and .png (a heat map).
 
 At test the answer is always one of the two names (constrained sampling): 0.5 is a coin, and 0 the
 very opposite of what the reward asks for.
@@ -17,7 +15,7 @@ very opposite of what the reward asks for.
 import math
 import sys
 from argparse import Namespace
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,27 +23,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from envs import C, first_condition, other_side, payoff_matrix, random_game
+from envs import first_condition, other_side, payoff_matrix, random_game
 from evaluate import Players, group_by_seed, show
 from figures import new_figure, plot_heat_map, save, style
 from grid import ROOT, grid_parser, markdown, train_all
-from rewards import REWARDS, moral_accuracy, optimum
+from rewards import REWARDS, moral_accuracy
 from runs import InputError, check_free, require_same, stop, write_json
 from train import choices
 
 MORALS = ("game", "utilitarian", "deontological", "game+deontological")
-# Where games differ: smaller steps, and more of them.
-SHORT, LONG = ["--episodes", "35840"], ["--episodes", "76800", "--lr", "1e-3"]
 NAMES = ["--actions", "random"]
 LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
+SHORT = ["--episodes", "35840"]
+# Where games differ: smaller steps, and many of them, each with a condition of its own.
+LONG = ["--game", "ipd", "random", "--episodes", "307200", "--lr", "1e-3", "--epochs", "1"]
 VARIED = {  # in training; never NEW_LAYOUT, NEW_WORDING or NEW_NAMES
     "nothing": SHORT,
     "names": [*SHORT, *NAMES],
     "names, layout": [*SHORT, *LAYOUTS],
-    "names, layout, game": [*LONG, *LAYOUTS, "--game", "random"],
+    "names, layout, game": [*LONG, *LAYOUTS],
 }
 VARIED_LARGE = {  # of any other model; random games were too much for one of 270M parameters
-    "nothing": [],
+    "nothing": ["--until", "1"],
     "names": ["--episodes", "15360", *NAMES],
     "names, layout": ["--episodes", "30720", "--lr", "1e-4", *LAYOUTS],
 }
@@ -59,9 +58,8 @@ NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
 def training_grid(model, seeds, folder):
     """(run folder, options of train.py) of every run."""
     for kind, options in (VARIED if model == "tiny" else VARIED_LARGE).items():
-        most = 5 if kind in ("nothing", "names") else 3
-        for seed in range(1, 1 + min(seeds, most if model == "tiny" else 2)):
-            for reward in MORALS:
+        for seed in range(1, seeds + 1):
+            for reward in REWARDS if "game" in kind else MORALS:
                 out = folder / f"{reward}-varied-{kind.replace(', ', '-')}-seed{seed}"
                 own = ["--reward", reward, "--opponent", "random", "--model", model]
                 yield out, [*own, *options, "--seed", seed]
@@ -125,21 +123,6 @@ def accuracies(players, run, config):
     return means
 
 
-def new_name_entries(players, runs):
-    """For each reward: how many entries of the policy that it decides are near the optimum."""
-    distances = {}
-    for run, names in product(runs, NEW_NAMES):
-        config = players.configs[run]
-        condition, reward = training_condition(config)._replace(names=names), config["reward"][-1]
-        best = optimum(reward, payoff_matrix(condition.game), config["xi"])
-        player = players.player(run, condition, False, "constrained")
-        off = np.abs(player[..., C].mean(axis=1) - best)
-        distances.setdefault(reward, []).extend(off[~np.isnan(best)])
-    for reward, off in distances.items():
-        near = f"{reward}: {sum(distance <= 0.05 for distance in off)} of {len(off)}"
-        yield f"{near}; mean {np.mean(off):.3f}, largest {max(off):.3f}"
-
-
 def rows(results):
     """For each reward the untuned model and the agents trained on it: (name, {new: leaf})."""
     untuned, *trained = results["groups"]
@@ -181,7 +164,7 @@ def write(results, folder):
 
 
 def main(argv=None):
-    parser = grid_parser(__doc__, "5", "results/MODEL/transfer; of RUNs nothing is written")
+    parser = grid_parser(__doc__, "3", "results/MODEL/transfer; of RUNs nothing is written")
     parser.option("runs", "instead of the grid", nargs="*", type=Path, metavar="RUN")
     parser.option("--overwrite", "replace what is written", action="store_true")
     args = parser.parse_args(argv)
@@ -194,18 +177,13 @@ def main(argv=None):
             for kind in ("json", "md", "png"):
                 check_free("--results", folder / f"transfer.{kind}", args.overwrite or not runs)
         if not runs:
-            grid = list(training_grid(args.model, args.seeds or 5, folder / "runs"))
+            grid = list(training_grid(args.model, args.seeds or 3, folder / "runs"))
             runs = list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
         players = Players(runs)
         results = measure_runs(players, runs)
         print_results(results)
         if folder:
             write(results, folder)
-        if not args.runs:
-            many = [run for run in runs if "-varied-names-seed" in run.name]
-            entries = "\n".join(new_name_entries(players, many))
-            (folder / "names.txt").write_text(entries + "\n", encoding="utf-8")
-            print(f"Entries near the optimum in new names, names varied in training:\n{entries}")
     except (InputError, OSError) as error:
         stop(InputError("--results", error))  # an InputError stays as it is
 

@@ -19,7 +19,8 @@ REPLACED = re.compile(
     r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
 )
 SHOWN = re.compile(
-    r"^(?: {4})?(python (?:train|evaluate|experiments/(?:figures|society|ask|drift))\.py [^\n]*)$"
+    r"^(?: {4}|.*&& )?"
+    r"(python (?:train|evaluate|experiments/(?:figures|society|ask|drift))\.py [^\n]*)$"
     r"|^```python\n(.*?)```",
     flags=re.MULTILINE | re.DOTALL,
 )
@@ -44,7 +45,7 @@ def test_every_command_and_snippet(fork):
     Training is short. Left out are commands of a real model (Qwen/...) and of its run, and grids.
     """
     changes = APPENDED.findall(README)
-    assert [file for file, _ in changes] == ["rewards.py", "envs.py", "envs.py"]
+    assert [file for file, _ in changes] == ["rewards.py", "envs.py"]
     for file, snippet in changes:
         with open(fork / file, "a") as target:
             target.write("\n\n" + snippet)

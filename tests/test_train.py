@@ -110,12 +110,14 @@ def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
     with refused(capsys, "--until", "no action is better"):
         run_training(tmp_path / "run", *options, "--game", *["1"] * 8)
     assert not (tmp_path / "run").exists()
+    run_training(tmp_path / "run", *options, *SHORT, "--until", "1", "--game", *["1"] * 8)
 
 
 UNTIL = [
     ("", None),
     ("--model folder", 0.97),
     ("--model folder --until 0.9", 0.9),
+    ("--model folder --until 1", None),
     ("--model folder --paper", None),
     ("--model folder --actions random", None),
     ("--model folder --game ipd chicken", None),
@@ -127,6 +129,22 @@ UNTIL = [
 @pytest.mark.parametrize("options, until", UNTIL)
 def test_where_training_stops_early_by_default(options, until):
     assert parse(*options.split()).until == until
+
+
+@pytest.mark.parametrize("options, falls", [("", 0), ("--actions random", 1)])
+def test_the_rate_falls_to_0_where_conditions_vary(options, falls, tmp_path, monkeypatch):
+    rates, update = [], Learner.update
+
+    def look(self, *args):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return update(self, *args)
+
+    monkeypatch.setattr(Learner, "update", look)
+    for more in (["--lr", "1e-3"], ["--lr", "1e-3", "--paper"]):
+        more += ["--reward", "game", "--episodes", "32", "--batch", "8", "--overwrite"]
+        run_training(tmp_path / "run", *more, *options.split())
+        fall = falls and "--paper" not in more
+        assert np.allclose(rates[-4:], np.linspace(1e-3, 2.5e-4, 4) if fall else 1e-3, rtol=1e-9)
 
 
 def test_until_waits_for_an_update_of_the_last_phase(tmp_path):
@@ -359,7 +377,6 @@ BAD_OPTIONS = """\
 --colour red|
 --until 0.9 --gamma 0.5|--gamma
 --until 0.9 --actions random|vary
---until 0.9 --layout rows columns|vary
 --episodes 256 --reward game utilitarian|phase
 --model no/such-model|no/such-model
 --game ipd poker|random
@@ -374,7 +391,7 @@ BAD_OPTIONS = """\
 --actions '<end_of_turn>' moon|special
 --actions \u4e2d moon|unknown
 --resume nowhere|not a run folder""".splitlines()
-BAD_VALUES = """--until 0; --until 0.9 --game random; --sampling greedy; --layout diagonal; \
+BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; \
 --prompt haiku; --episodes 0; --episodes 1e30; --batch 1.5; --rounds 1e3; \
 --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; --lr fast; --rank 0; --rank 999999999999999; \
 --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target -1; --gamma 1.1; --seed -1; --device abacus; \

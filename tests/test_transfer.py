@@ -5,7 +5,6 @@ from functools import cache
 import matplotlib.image
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 import train
 import transfer
@@ -99,27 +98,9 @@ def test_transfer_of_odd_runs(run, tmp_path, capsys, monkeypatch):
     assert accuracies["game"]["nothing"] == pytest.approx(seen[..., 1].mean())
 
 
-def test_entries_that_are_near_the_optimum(run, tiny, tmp_path):
-    """Of the trained run, and of one whose adapter does nothing: counted by hand."""
-    idle = copy_run(run, tmp_path / "idle", reward=["deontological"])
-    path = idle / "adapter_model.safetensors"
-    save_file({key: 0 * tensor for key, tensor in load_file(path).items()}, path)
-    distances = []
-    for names in transfer.NEW_NAMES:
-        policy = player_of(*tiny, Condition("ipd", names))[..., 0].mean(axis=1)
-        distances += list(1 - policy[[0, 2]])  # after D the reward asks for nothing
-    near = sum(distance <= 0.05 for distance in distances)
-    mean, largest = np.mean(distances), max(distances)
-    first, second = transfer.new_name_entries(Players([run, idle]), [run, idle])
-    assert first.startswith("utilitarian: ") and " of 32; " in first
-    assert second == f"deontological: {near} of 16; mean {mean:.3f}, largest {largest:.3f}"
-
-
-@pytest.mark.parametrize(
-    "model, count", [("tiny", 4 * (5 + 5 + 3 + 3)), ("google/gemma-2-2b-it", 4 * 3 * 2)]
-)
+@pytest.mark.parametrize("model, count", [("tiny", 3 * (4 + 4 + 4 + 6)), ("some/hub", 3 * 4 * 3)])
 def test_the_grid_never_shows_what_is_new_at_test(model, count, tmp_path):
-    runs = list(transfer.training_grid(model, 5, tmp_path))
+    runs = list(transfer.training_grid(model, 3, tmp_path))
     assert len(runs) == len({out for out, _ in runs}) == count
     tested = {name for names in transfer.NEW_NAMES for name in names}
     assert not tested & {*NAMES}
@@ -128,7 +109,7 @@ def test_the_grid_never_shows_what_is_new_at_test(model, count, tmp_path):
         args, _ = train.parse([*map(str, options), "--out", "never-written"])
         assert not tested & {*action_names(args.actions)}
         assert transfer.NEW_LAYOUT not in args.layout and transfer.NEW_WORDING not in args.prompt
-        varied = args.actions == ["random"], len(args.layout) > 1, args.game == ["random"]
+        varied = args.actions == ["random"], len(args.layout) > 1, "random" in args.game
         kinds.add((*args.reward, *varied, args.seed))
         assert args.opponent == ["random"] and args.model == model
     assert len(kinds) == len(runs)
