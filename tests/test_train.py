@@ -140,11 +140,11 @@ def test_the_rate_falls_to_0_where_conditions_vary(options, falls, tmp_path, mon
         return update(self, *args)
 
     monkeypatch.setattr(Learner, "update", look)
-    for more in (["--lr", "1e-3"], ["--lr", "1e-3", "--paper"]):
-        more += ["--reward", "game", "--episodes", "32", "--batch", "8", "--overwrite"]
-        run_training(tmp_path / "run", *more, *options.split())
-        fall = falls and "--paper" not in more
-        assert np.allclose(rates[-4:], np.linspace(1e-3, 2.5e-4, 4) if fall else 1e-3, rtol=1e-9)
+    own = f"--reward game --lr 1e-3 --episodes 32 --batch 8 --overwrite {options}".split()
+    for more in ([], ["--paper"]):
+        run_training(tmp_path / "run", *own, *more)
+        last = 2.5e-4 if falls and not more else 1e-3
+        assert np.allclose(rates[-4:], np.linspace(1e-3, last, 4), rtol=1e-9)
 
 
 def test_until_waits_for_an_update_of_the_last_phase(tmp_path):
@@ -391,13 +391,11 @@ BAD_OPTIONS = """\
 --actions '<end_of_turn>' moon|special
 --actions \u4e2d moon|unknown
 --resume nowhere|not a run folder""".splitlines()
-BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; \
---prompt haiku; --episodes 0; --episodes 1e30; --batch 1.5; --rounds 1e3; \
---xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; --lr fast; --rank 0; --rank 999999999999999; \
---alpha 0; --epochs 0; --kl-coef -0.1; --kl-target -1; --gamma 1.1; --seed -1; --device abacus; \
---seed 99999999999999999999; --device meta; --dtype int8; --save-every 0; --init nowhere""".split(
-    "; "
-)
+BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --prompt haiku; --episodes 0; \
+--episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
+--lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target \
+-1; --gamma 1.1; --seed -1; --device abacus; --seed 99999999999999999999; --device meta; --dtype \
+int8; --save-every 0; --init nowhere""".split("; ")
 
 
 @pytest.mark.parametrize("typed", ["|--reward", *BAD_OPTIONS, *(f"{bad}|" for bad in BAD_VALUES)])
