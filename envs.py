@@ -313,6 +313,11 @@ def draw_condition(rng, games, names, layouts, wordings):
     return Condition(game, tuple(names[i] for i in pair), layout, wording)
 
 
+def varied(games, names, layouts, wordings):
+    """Whether there is more than one Condition to draw."""
+    return max(len(games), len(names) - 1, len(layouts), len(wordings)) > 1 or games == ["random"]
+
+
 def first_condition(games, names, layouts, wordings):
     """The Condition of the first of each: training's own. Of random games: the ipd."""
     game = "ipd" if games[0] == "random" else games[0]

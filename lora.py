@@ -105,10 +105,10 @@ def quantise_layers(model, computing):
             model.set_submodule(path, NF4Linear(module))
             forget(module.weight.data)
     for parameter in model.parameters():
-        stored, parameter.data = parameter.data, torch.empty_like(parameter.data, dtype=computing)
-        parts = (data.flatten().split(2**24) for data in (stored, parameter.data))
-        for part, computed in zip(*parts):
-            computed.copy_(part)
+        stored, parameter.data = parameter.data, torch.empty(parameter.shape, dtype=computing)
+        stored, computed = (data.flatten().split(2**24) for data in (stored, parameter.data))
+        for part, target in zip(stored, computed):
+            target.copy_(part)
             forget(part)
 
 
@@ -123,7 +123,7 @@ def forget(weight):
 
 
 def give_back_at_once():
-    """Let the C library return all memory above 1 MB when it is freed: else gaps of it are kept."""
+    """Blocks above 1 MB go back as soon as they are freed; else the C library keeps gaps."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-3, 2**20)  # -3: M_MMAP_THRESHOLD
 

@@ -75,7 +75,7 @@ def train_parser():
     option("--rounds", "per episode", type=count, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
-    option("--lr", "Adam's learning rate", type=positive)
+    option("--lr", "Adam's; it falls linearly to 0 where games, names or texts vary", type=positive)
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=positive)
     option("--epochs", "optimizer steps per update", type=count)
@@ -108,9 +108,9 @@ def parse(argv=None):
         raise InputError("--reward", f"choose one or more of {', '.join(rewards.REWARDS)}")
     asked = "--game"
     try:
-        games = envs.parse_games(args.game)
+        envs.parse_games(args.game)
         asked = "--actions"
-        names = envs.action_names(args.actions)
+        envs.action_names(args.actions)
         asked = "--opponent"
         who = envs.parse_opponent(args.opponent)
     except ValueError as error:
@@ -119,9 +119,8 @@ def parse(argv=None):
         runs.read_config(who, "--opponent")
 
     # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
-    drawn = max(map(len, (games, names[1:], args.layout, args.prompt))) > 1 or games == ["random"]
-    args.lr_falls, endless = drawn and not args.paper, drawn or args.gamma > 0
-    if args.until and endless:
+    endless = envs.varied(*choices(args)) or args.gamma > 0
+    if endless and (args.until or 1) < 1:
         raise InputError("--until", "not with --gamma, nor where games, names or texts vary")
     for key, (embedded, other, paper) in DEFAULTS.items():
         if getattr(args, key) is None:
@@ -274,7 +273,7 @@ def train(args, agents, opponent, folder, state, stop):
         episodes = min(args.batch, args.episodes - update * args.batch)
 
         # Smaller and smaller steps where conditions vary: else a late one undoes what was learned.
-        for agent in agents if args.lr_falls else ():
+        for agent in agents if envs.varied(*choices(args)) and not args.paper else ():
             agent.learner.optimizer.param_groups[0]["lr"] = args.lr * (1 - update / total)
 
         # Draw what is played in this update: the game, the action names, their layout and wording.

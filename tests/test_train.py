@@ -119,7 +119,10 @@ UNTIL = [
     ("--model folder --until 0.9", 0.9),
     ("--model folder --until 1", None),
     ("--model folder --paper", None),
-    ("--model folder --actions random", None),
+    ("--model folder --actions random --until 1", None),
+    ("--model folder --layout rows both", None),
+    ("--model folder --prompt poetic choice", None),
+    ("--model folder --game random", None),
     ("--model folder --game ipd chicken", None),
     ("--model folder --game 3 3 0 4 4 0 1 1", 0.97),  # eight words, one game
     ("--model folder --gamma 0.5", None),

@@ -24,7 +24,6 @@ def run(tmp_path_factory):
 
 def test_transfer(run, tiny, tmp_path, capsys, monkeypatch):
     """Each column, for the untuned model and a trained run."""
-    # Fewer games, for speed: each of the names once.
     monkeypatch.setattr(transfer, "NEW_GAMES", len(transfer.NEW_NAMES))
     folder = tmp_path / "results"
     transfer.main([str(run), "--results", str(folder)])
