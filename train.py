@@ -85,7 +85,7 @@ def train_parser():
     option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)
     option("--device", "cpu, cuda, mps ... [cuda where there is one]")
     option("--dtype", "of the frozen base [bfloat16 on cuda, else float32]", choices=DTYPES)
-    option("--checkpointing", "less memory, half as much work again", action="store_true")
+    option("--checkpointing", "less memory, up to twice the time", action="store_true")
     option("--init", "start from the adapter and value head of this run folder", type=Path)
     option("--save-every", "updates between saved states", type=count, default=10)
     option("--resume", "continue the run in this folder with its own settings", type=Path)
