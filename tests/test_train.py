@@ -352,11 +352,11 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     assert result["policy_before"] == pytest.approx(trained, abs=1e-6)
     first = read_metrics(tmp_path / "run")[0]
     assert float(first["kl"]) > 1e-4  # the reference is the base model, not where it starts
-    _, opponent, _ = train.setup(parse("--opponent", str(runs / "a")))
+    [player], opponent, _ = train.setup(parse("--opponent", str(runs / "a"), "--checkpointing"))
+    assert player.policy.model.model.layers[0].training  # so it checkpoints
     frozen = opponent(Condition())
     assert by_state(frozen, C) == pytest.approx(trained, abs=1e-6)
-    # It was trained with free sampling, so it may answer illegally here, too.
-    assert frozen.shape == (4, 4, 3)
+    assert frozen.shape == (4, 4, 3)  # free in training, it may answer illegally here, too
 
 
 def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch, capsys):
