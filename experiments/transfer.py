@@ -1,7 +1,7 @@
 """A word or a moral? How often an agent does what its reward asks for where something is new.
 
     python experiments/transfer.py              # trains and tests four rewards, more and more
-                                                # things varied, at last all six: an hour
+                                                # things varied; six, where all are: an hour
     python experiments/transfer.py --model FOLDER --seeds 2    # any other model: two hours
     python experiments/transfer.py runs/*       # tests these runs
 
