@@ -3,11 +3,10 @@
     python experiments/speed.py                            # embedded model: half a minute
     python experiments/speed.py --model FOLDER             # any other one: ten minutes for 270M
     python experiments/speed.py --model gemma-2-2b-shape   # random weights: a GPU, bfloat16
-    python experiments/speed.py --json speed.json
 
 Medians of interleaved repeats, also of the usual ways. The floor is the bare model on the same
 trie: no adapters, frozen weights, gradients of the activations only. Random weights are as much
-work; the embedded tokenizer stands in for theirs. The authors' loop is that of docs/PAPER.md.
+work; the embedded tokenizer stands in for theirs. Another tool: beside_trl.py.
 """
 
 import resource
@@ -67,11 +66,12 @@ def interleaved(repeats, ways):
 class Job:
     """A policy to train: the Prisoner's Dilemma, tit-for-tat, the utilitarian reward."""
 
-    def __init__(self, model, tokenizer, epochs, free):
+    def __init__(self, model, tokenizer, free, lr=1e-5):
         condition = envs.Condition()
         self.model, self.policy = model, Policy(model, tokenizer, "player", free)
-        self.trie = self.policy.trie(envs.build_prompts(condition), condition.names)
-        self.learner = Learner(self.policy, lr=1e-5, epochs=epochs)
+        self.texts = envs.build_prompts(condition)
+        self.trie = self.policy.trie(self.texts, condition.names)
+        self.learner = Learner(self.policy, lr=lr, epochs=1)
         self.optimizer, self.inputs = self.learner.optimizer, self.trie.inputs(model)
         self.rewards = reward_array("utilitarian", envs.payoff_matrix(condition.game))
         self.opponent = envs.memory_one(envs.STRATEGIES["tit-for-tat"])
@@ -108,38 +108,6 @@ class Job:
             logits = self.model(**inputs, logits_to_keep=1).logits
         logits.float().log_softmax(-1)[:, 0, :2].sum().backward()
 
-    def authors_step(self):
-        """The authors' loop, on one episode: its rounds one by one, their tokens one by one.
-
-        With a cache; the reference is the model without its adapter; four passes make one step.
-        """
-        length, texts = len(self.trie.answers[0]), []
-        with torch.no_grad(), adapter(self.model, "player"):
-            for row in self.rng.integers(len(self.trie.prompts), size=ROUNDS):
-                text, ids, cache = self.trie.prompts[row], self.trie.prompts[row], None
-                for _ in range(length):
-                    new = torch.tensor([ids], device=self.model.device)
-                    out = self.model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    ids = out.logits[0, -1].float().softmax(-1).multinomial(1).tolist()
-                    text, cache = text + ids, out.past_key_values
-                texts.append(text)
-        inputs = padded(texts, self.model.device)
-
-        def log_probs(name):
-            with adapter(self.model, name):
-                tail = self.model(**inputs).logits[:, -length - 1 : -1].float().log_softmax(-1)
-            return tail.gather(2, inputs["input_ids"][:, -length:, None]).sum((1, 2))
-
-        with torch.no_grad():
-            old, reference = log_probs("player"), log_probs(None)
-        advantage = torch.randn_like(old) - 0.2 * (old - reference)
-        self.optimizer.zero_grad()
-        for _ in range(4):
-            ratio = (log_probs("player") - old).exp()
-            loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
-            (loss.mean() / 4).backward()
-        self.optimizer.step()
-
 
 def padded(texts, device):
     """Plain sequences for a model, left-padded; texts: lists of token ids."""
@@ -147,47 +115,37 @@ def padded(texts, device):
     ones = [torch.ones_like(row) for row in rows]
     ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (rows, ones))
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-    return inputs | {"use_cache": False}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": False}
 
 
 def measure(job, repeats):
     """All figures, a dict."""
-    update, epochs = "update, 256 episodes", job.learner.epochs
-    ways = {update: partial(job.update, 256), "floor": job.floor}
+    ways = {"update": partial(job.update, 256), "floor": job.floor}
     ways |= {"pass of the table": job.table_pass, "forward": partial(job.policy, job.trie)}
     ways |= {"rollout": partial(job.rollout, job.opponent, 256), "optimizer": job.optimizer.step}
     near = interleaved(repeats, ways)
-    share = {name: epochs * seconds / near[update] for name, seconds in near.items()}
+    share = {name: seconds / near["update"] for name, seconds in near.items()}
     parts = {"forward": share["forward"], "backward": share["pass of the table"] - share["forward"]}
-    parts |= {"optimizer": share["optimizer"], "rollout": share["rollout"] / epochs}
+    parts |= {name: share[name] for name in ("optimizer", "rollout")}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated() / 1e9
 
     sized = interleaved(repeats, {size: partial(job.update, size) for size in SIZES})
-    speeds = {size: size * ROUNDS / sized[size] for size in SIZES}
-    theirs = ROUNDS / interleaved(repeats, {"theirs": job.authors_step})["theirs"]
 
     # Last: what passes over many sequences leave in memory and caches slows down what follows.
     plain = [prompt + job.trie.answers[0][:-1] for prompt in job.trie.prompts]
-    ways = {"trie": job.table_pass}
-    ways["16 padded prompts"] = partial(job.plain_pass, padded(plain, job.model.device))
-    if not job.policy.free:  # else 80 rounds do not fit into memory
-        spread = [plain[row] for row in job.rng.integers(16, size=16 * ROUNDS)]
-        ways["one sequence per round"] = partial(job.plain_pass, padded(spread, job.model.device))
-    far = interleaved(repeats, ways)
+    padded_pass = partial(job.plain_pass, padded(plain, job.model.device))
+    far = interleaved(repeats, {"trie": job.table_pass, "padded": padded_pass})
     return {
         "nodes": job.trie.tokens.numel(),
         "plain tokens": sum(map(len, plain)),
         "update / floor": 1 / share["floor"],
         "share of the time, 256 episodes": parts | {"rest": 1 - sum(parts.values())},
         "peak memory, GB": memory,
-        "rounds per second": speeds,
+        "rounds per second": {size: size * ROUNDS / sized[size] for size in SIZES},
         "most episodes / 16": sized[SIZES[-1]] / sized[16],
-        "authors' way, rounds per second": theirs,
-        "times the authors' way": {size: speed / theirs for size, speed in speeds.items()},
-        **{f"{name} / trie": far[name] / far["trie"] for name in ways if name != "trie"},
+        "16 padded prompts / trie": far["padded"] / far["trie"],
         "seconds": near | far,
     }
 
@@ -202,7 +160,6 @@ def main(argv=None):
     parser, count = Parser(__doc__), number(int, 1, 10**6)
     parser.option("--model", "tiny, a folder, a hub name, or gemma-2-2b-shape", default="tiny")
     parser.option("--layers", "of gemma-2-2b-shape; fewer for a CPU", type=count, default=26)
-    parser.option("--epochs", "steps per update; the authors make one", type=count, default=1)
     parser.option("--repeats", "of each measurement", type=count, default=10)
     parser.option("--json", "also write the figures to this file", type=Path, metavar="FILE")
     parser.option("--overwrite", "replace this file", action="store_true")
@@ -210,8 +167,8 @@ def main(argv=None):
     try:
         if args.json:
             check_free("--json", args.json, args.overwrite)
-        job = Job(*load(args.model, args.layers), args.epochs, free=args.model != "tiny")
-        figures = {"model": args.model, "device": str(job.model.device), "epochs": args.epochs}
+        job = Job(*load(args.model, args.layers), free=args.model != "tiny")
+        figures = {"model": args.model, "device": str(job.model.device)}
         figures |= {"threads": torch.get_num_threads()} | measure(job, args.repeats)
         for name, value in figures.items():
             print(f"{name:34}{as_text(value)}")
