@@ -1,18 +1,18 @@
 """A word or a moral? How often an agent does what its reward asks for where something is new.
 
-    python experiments/transfer.py              # trains and tests four rewards, more and more
-                                                # things varied; six, where all are: an hour
+    python experiments/transfer.py                             # 54 runs: 80 minutes on two cores
     python experiments/transfer.py --model FOLDER --seeds 2    # any other model: two hours
-    python experiments/transfer.py runs/*       # tests these runs
+    python experiments/transfer.py runs/*                      # tests these runs
 
-Without runs of your own: 3 seeds of each kind in results/MODEL/transfer/runs; what is finished is
-skipped, what was interrupted is resumed. Written are transfer.json, .md and .png (a heat map).
+Without runs of your own: 3 seeds of each kind in results/MODEL/transfer/runs, where finished ones
+are skipped and interrupted ones resumed. It writes transfer.json, .md and .png (a heat map).
 
 At test the answer is always one of the two names (constrained sampling): 0.5 is a coin, and 0 the
 very opposite of what the reward asks for.
 """
 
 import math
+import re
 import sys
 from argparse import Namespace
 from itertools import cycle
@@ -48,8 +48,8 @@ VARIED_LARGE = {  # of any other model; random games were too much for one of 27
     "names": ["--episodes", "15360", *NAMES],
     "names, layout": ["--episodes", "30720", "--lr", "1e-4", *LAYOUTS],
 }
-# What is new at test: the names of training in each other's role; names that are not in envs.NAMES,
-# in both roles; a layout; a wording; random games, always the same ones.
+# What is new at test: the two names of training in each other's role; names not in envs.NAMES, in
+# both roles; a layout; a wording; random games, always the same ones.
 NEW_PAIRS = (("action3", "action4"), ("K", "X"), ("moon", "river"), ("A", "B"))
 NEW_NAMES = [names for pair in NEW_PAIRS for names in (pair, pair[::-1])]
 NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
@@ -147,7 +147,7 @@ def print_results(results):
 
 def write(results, folder):
     write_json(folder / "transfer.json", results)
-    named = list(rows(results))
+    named = [(re.sub(r", (episodes|epochs|lr) [^ ,]+", "", n), leaf) for n, leaf in rows(results)]
     names, new = [name for name, _ in named], list(named[0][1])
     table = markdown(["agent", *new], [[name, *leaves.values()] for name, leaves in named])
     (folder / "transfer.md").write_text(table, encoding="utf-8")
@@ -159,7 +159,7 @@ def write(results, folder):
         plot_heat_map(ax, np.array(means, dtype=float), best=1)
         ax.set_xticks(range(len(new)), new, rotation=40, ha="right")
         ax.set_yticks(range(len(named)), names)
-        ax.set(xlabel="what is new at test", title="probability of the action that is asked for")
+        ax.set(xlabel="what is new at test", title="1: as the reward asks; 0: its opposite")
         save(figure, folder / "transfer.png")
 
 
