@@ -155,18 +155,18 @@ def test_persona_and_own_template():
 def test_layouts_show_the_same_points():
     seen = set()
     for layout in envs.LAYOUTS:
-        lines = []
         words = envs.fields(payoff_matrix("chicken"), ("c", "d"), layout, C, C, 0)
-        for line in words["matrix"].split("\n"):
-            lines.append([cell.strip() for cell in line.strip("|").split("|")])
-        (_, *columns), *rows = lines
-        cells = {}
-        for row, *points in rows:
-            cells |= {(row, column): cell for column, cell in zip(columns, points)}
+        lines = [line.strip("|").split("|") for line in words["matrix"].split("\n")]
+        (_, *columns), *rows = [[cell.strip() for cell in line] for line in lines]
+        pairs = [(row, *pair) for row, *points in rows for pair in zip(columns, points)]
+        cells = {(row, column): cell for row, column, cell in pairs}
         expected = {("c", "c"): "2, 2", ("c", "d"): "1, 4", ("d", "c"): "4, 1", ("d", "d"): "0, 0"}
         assert cells == expected
         seen.add((columns[0], rows[0][0]))
     assert len(seen) == 4
+    # With both swapped it reads like a game in which C and D are exchanged: no text tells them.
+    exchanged = build_prompts(Condition(envs.GAMES["chicken"][::-1], ("d", "c")))
+    assert {*build_prompts(Condition("chicken", ("c", "d"), "both"))} == {*exchanged}
 
 
 @pytest.mark.parametrize("wording", envs.TEMPLATES)

@@ -14,8 +14,7 @@ def test_its_figures(tmp_path, monkeypatch, capsys):
     figures = read_json(path)
     for key in ("update / floor", "16 padded prompts / trie", "peak memory, GB"):
         assert figures[key] > 0
-    speeds = figures["rounds per second"]
-    assert list(speeds) == ["1", "16"] and min(speeds.values()) > 0
+    assert min(figures["rounds per second"].values()) > 0
     assert sum(figures["share of the time, 256 episodes"].values()) == pytest.approx(1)
     with refused(capsys, "--json", "--overwrite"):
         speed.main(["--json", str(path)])
