@@ -73,7 +73,7 @@ def with_trl(model, lr, rank, alpha):
     job = Job(base, tokenizer, free=True)  # its prompts; PEFT's adapter goes into `base`
     heads = [head.removesuffix(" ") for head in prompt_heads(tokenizer, job.texts)]
     if tokenizer(heads)["input_ids"] != job.trie.prompts:
-        raise InputError("--model", "TRL would give other tokens: its template repeats a first one")
+        raise ValueError("TRL would give other tokens: its template repeats a first one")
     # Points of C, D and an illegal answer, where the other one repeats what the agent did last.
     points = [job.rewards[row // ORDERS, :, row // ORDERS // 2] for row in range(len(heads))]
 
