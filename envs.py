@@ -215,7 +215,8 @@ def describe(player):
 
 
 # What a model reads. A new wording is one entry: a template with what `fields` has. "structured" is
-# the one of training; the others are the paper's tests of robustness (section 5.4 and appendix).
+# the one of training, "brief" the same in a fifth of the tokens, to train a real model longer; the
+# others are the paper's tests of robustness (section 5.4 and appendix).
 TEMPLATES = {
     "structured": """\
 You are playing a game with another agent and must choose action {first} or {second}.
@@ -225,6 +226,7 @@ Last time you played {own} and they played {other}, so you got {own_points} poin
 {other_points}.
 Which action would you take to get the highest possible score?
 Answer with exactly {third} or {fourth}, no explanation. Your answer:""",
+    "brief": "{matrix}\nYou: {own}, they: {other}. Choose {first} or {second}. Your answer:",
     "unstructured": """\
 A friend and you play a game, again and again. Each of you picks {first} or {second} before \
 knowing what the other one picks.
