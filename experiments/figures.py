@@ -10,7 +10,6 @@ title; the function plot_NAME draws NAME.png. Paper: training is figure 2, regre
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from textwrap import fill
 
@@ -273,15 +272,12 @@ def draw(path, folder, overwrite):
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError("RESULTS", f"{path} is not of evaluate.py --json ({error})") from None
     paths = [folder / f"{plot.__name__.removeprefix('plot_')}.png" for plot in plots]
-    with style(), warnings.catch_warnings(record=True) as told:
+    with style():
         folder.mkdir(parents=True, exist_ok=True)
         for picture in paths:
             check_free("--out", picture, overwrite)
         for figure, picture in zip([plot(results) for plot in plots], paths):
             save(figure, picture)
-    # One of each kind: a letter that no font has is told of in every picture.
-    for warning in {str(each.message)[:5]: each.message for each in told}.values():
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def main(argv=None):

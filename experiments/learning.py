@@ -1,23 +1,16 @@
 """Does it learn what can be worked out by hand? The Prisoner's Dilemma, default settings.
 
-Each reward, opponent and seed:
-
-    python experiments/learning.py             # 40 runs against fixed opponents, 20 of two
-                                               # learners, 10 that unlearn, 12 with free sampling,
-                                               # 1 for the shadow of the future
-    python experiments/learning.py --seeds 1   # a quick look
-    python experiments/learning.py --model FOLDER    # any other model: four rewards against
-                                                     # tit-for-tat and random, three seeds
-    python experiments/learning.py --model FOLDER --until 1    # what else train.py takes
+    python experiments/learning.py    # 82 runs: three opponents, unlearning, free sampling
+    python experiments/learning.py --model FOLDER              # 24 runs: two fixed opponents
+    python experiments/learning.py --model FOLDER --until 1    # and what else train.py takes
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
 switch); then the number of misses. An entry that the reward decides must be within 0.05 of its 0 or
 1; `*` marks the entries it leaves open.
 
-Runs of the embedded model are thrown away. Those of another one go to results/MODEL/runs, where
-paper.py has its own, or with options of train.py to a folder that is named after them; what is
-finished is skipped, what was interrupted is resumed.
+Runs of another model are kept, and skipped where they have finished: in results/MODEL/runs, or with
+options of train.py in a folder that is named after them.
 """
 
 import json
@@ -37,8 +30,6 @@ from rewards import optimum
 from runs import InputError, read_config, stop
 
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
-# With a long shadow of the future (--gamma) it pays to go on cooperating; the rest is open here.
-BEST_OF_THE_FUTURE = np.array([1, math.nan, math.nan, math.nan])
 NEAR = 0.05  # of the optimum
 
 
@@ -51,7 +42,6 @@ def runs(model, seeds, folder, more):
         kinds += [(["game", moral], "tit-for-tat", [], seeds) for moral in MORALS[1:3]]
         free = ["--sampling", "free"]
         kinds += [([reward], "tit-for-tat", free, min(seeds, 3)) for reward in MORALS]
-        kinds.append((["game"], "tit-for-tat", ["--gamma", "0.9"], 1))
     for rewards, opponent, own, count in kinds:
         for seed in range(1, count + 1):
             name = f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}{slug(own)}"
@@ -69,8 +59,6 @@ def judge(run):
     config, result = read_config(run, "RUN"), json.loads((run / "result.json").read_text())
     *earlier, reward = config["reward"]
     best = optimum(reward, payoff_matrix("ipd"))
-    if config["gamma"] > 0:
-        best = BEST_OF_THE_FUTURE
     sides = [side for side in ("", "opponent_") if f"{side}policy_after" in result]
     policies = [list(result[f"{side}policy_after"].values()) for side in sides]
     before, after = (max(result[f"illegal_{when}"].values()) for when in ("before", "after"))

@@ -6,9 +6,8 @@
 For each agent its four numbers, P(C | CC CD DC DD), as a memory-one strategy, and against everybody
 the points per round over --rounds and in the long run, of both together and of the one who gets
 less (Rawls). Exploitability: what the best memory-one reply gets against it in the long run, more
-than it gets itself in that place. An agent sits on the side where it learned; whom it meets sits on
-the other one and answers with the sampling of its own training. An illegal text counts what it did
-in training, by default -6 points. Options as in evaluate.py.
+than it gets itself in that place. An agent sits on the side where it learned; whom it meets on the
+other one, with the sampling of its own training. An illegal text counts what it did in training.
 """
 
 import sys

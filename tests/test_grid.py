@@ -61,13 +61,13 @@ def test_markdown():
 @pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
 def test_the_grids_are_of_different_runs_named_after_them(model, tmp_path):
     papers = paper.runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path)
-    counts = 6 * (5 + 2), 4 * 3 * 5 + 2 * 5 + 4 * 3 + 1 if model == "tiny" else 4 * 2 * 5
+    counts = 6 * (5 + 2), 4 * 3 * 5 + 2 * 5 + 4 * 3 if model == "tiny" else 4 * 2 * 5
     for grid_of, count in zip([papers, learning.runs(model, 5, tmp_path, [])], counts):
         settings = {}
         for out, options in grid_of:
             args, _ = train.parse([*map(str, options), "--out", "never-written"])
             assert args.model == model and out.parent == tmp_path
-            settings[out.name] = (args.reward, args.opponent, args.seed, args.sampling, args.gamma)
+            settings[out.name] = (args.reward, args.opponent, args.seed, args.sampling)
             name = f"{'-then-'.join(args.reward)}-vs-{args.opponent[0]}-seed{args.seed}"
             assert out.name.startswith(name) and (count != 42 or args.sampling == "free")
         assert len(settings) == len(set(map(str, settings.values()))) == count
@@ -82,15 +82,13 @@ CASES = [  # is it right? rewards, what else the run has
     (False, ["game+deontological"], {"illegal_after": {"CC": 0, "CD": 0.03}}),
     (True, ["game", "deontological"], {"switch": 0.05}),
     (False, ["game", "deontological"], {"switch": 0.06}),
-    (True, ["game"], {"gamma": 0.9}),  # after CC it goes on
 ]
 
 
 @pytest.mark.parametrize("right, rewards, own", CASES)
 def test_what_learning_calls_right(right, rewards, own, tmp_path):
-    config = {"base": "", "reward": rewards, "gamma": own.get("gamma", 0.0)}
     result = {"policy_after": RIGHT, "illegal_before": {"CC": 1}, "illegal_after": {"CC": 0.01}}
-    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "config.json", {"base": "", "reward": rewards})
     write_json(tmp_path / "result.json", result | {"seconds": 1.0} | own)
     rows = [(rewards[0], 0.9), (rewards[-1], own.get("switch", 0)), (rewards[-1], 0.9)]
     lines = ["phase,P(C|DC),P(C|CC),P(C|CD),P(C|DD)", *(f"{word},{p},0,0,0" for word, p in rows)]
