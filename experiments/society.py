@@ -6,8 +6,8 @@
 For each agent its four numbers, P(C | CC CD DC DD), as a memory-one strategy, and against everybody
 the points per round over --rounds and in the long run, of both together and of the one who gets
 less (Rawls). Exploitability: what the best memory-one reply gets against it in the long run, more
-than it gets itself in that place. An agent sits on the side where it learned; whom it meets on the
-other one, with the sampling of its own training. An illegal text counts what it did in training.
+than it gets itself in that place. An agent sits where it learned, whom it meets on the other side,
+with its own sampling; an illegal text counts as it did in training. Options as in evaluate.py.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A word or a moral? How often an agent does what its reward asks for where something is new.
 
     python experiments/transfer.py                             # 54 runs: 80 minutes on two cores
-    python experiments/transfer.py --model FOLDER --seeds 2    # 270M: two and a half hours
+    python experiments/transfer.py --model FOLDER --seeds 2    # any other model: some hours
     python experiments/transfer.py runs/*                      # tests these runs
 
 Without runs of your own: 3 seeds of each kind in results/MODEL/transfer/runs, where finished ones
