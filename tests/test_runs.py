@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -312,9 +313,7 @@ def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alon
         time.sleep(0.01)
     check_same_metrics(read_metrics(run)[:3], alone)
 
-    command = ["pgrep", "-P", str(process.pid)]
-    children = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    psutil.Process(process.pid).children()[-1].kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert read_state(run)[1]["updates"] >= 2, errors
