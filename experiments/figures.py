@@ -32,6 +32,7 @@ OTHER_AGENT = "#999999"  # a reward of a fork's own
 HATCHES, LINES = ["", "///", "...", "xx", "\\\\\\", "++"], ["-", "--", ":", "-."]
 STYLE = {"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 12, "figure.dpi": 110}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+STYLE |= {"savefig.bbox": "tight"}
 LOGGED = (*ACTION_TYPES, "reward", "deontological regret", "utilitarian regret")
 EARLY = "A seed that stopped early keeps its last update."
 
@@ -258,10 +259,6 @@ def finish(figure, *title):
     return figure
 
 
-def save(figure, path):
-    figure.savefig(path, bbox_inches="tight")
-
-
 def draw(path, folder, overwrite):
     """Draw the results of a file into a folder. Raises InputError or OSError."""
     plots = [plot_training, plot_curves, plot_policy, plot_reciprocity, plot_actions, plot_regret]
@@ -277,7 +274,8 @@ def draw(path, folder, overwrite):
         for picture in paths:
             check_free("--out", picture, overwrite)
         for figure, picture in zip([plot(results) for plot in plots], paths):
-            save(figure, picture)
+            figure.savefig(picture)
+            print(f"Drawn: {picture}")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from envs import LAYOUTS, first_condition, other_side, payoff_matrix, random_game
 from evaluate import Players, group_by_seed, show
-from figures import finish, new_figure, plot_heat_map, save, style
+from figures import finish, new_figure, plot_heat_map, style
 from grid import ROOT, grid_parser, markdown, read_metrics, train_all
 from rewards import REWARDS, moral_accuracy
 from runs import InputError, check_free, require_same, stop, write_json
@@ -161,7 +161,7 @@ def write(results, folder):
         ax.set_xticks(range(len(new)), new, rotation=40, ha="right")
         ax.set_yticks(range(len(named)), names)
         ax.set(xlabel="what is new at test", title="1: as the reward asks; 0: its opposite")
-        save(figure, folder / "transfer.png")
+        figure.savefig(folder / "transfer.png")
 
 
 def plot_learning(results):
@@ -206,7 +206,7 @@ def main(argv=None):
             write(results, folder)
         if folder and args.runs:
             with style():
-                save(plot_learning(results), folder / "learning.png")
+                plot_learning(results).savefig(folder / "learning.png")
     except (InputError, OSError) as error:
         stop(InputError("--results", error))  # an InputError stays as it is
 
