@@ -144,12 +144,12 @@ class Players:
     """The base model of run folders, as the agent of any of them. Raises InputError at odd ones."""
 
     def __init__(self, folders):
-        from lora import base_fingerprint
-        from policy import Policy, load_model
-
         self.configs = {run: runs.read_config(run, "RUN") for run in folders}
         first, *_ = self.configs.values()
         runs.require_same("RUN", self.configs.values(), "model", "dtype", "base")
+        from lora import base_fingerprint
+        from policy import Policy, load_model
+
         try:
             self.model, self.tokenizer = load_model(first["model"], dtype=first["dtype"])
             runs.require_same("RUN", [first, {"base": base_fingerprint(self.model)}], "base")
