@@ -1,4 +1,4 @@
-"""What is no method: bad input, the run folder, resume, signals, several processes.
+"""Everything beside the method: bad input, the run folder, resume, signals, several processes.
 
 A run folder holds
 
@@ -18,14 +18,12 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
+from contextlib import contextmanager, redirect_stdout, suppress
 from os.path import lexists
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from safetensors import numpy as safetensors
 STATE = "state.safetensors"
 WRITTEN = (
     "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
-    "value_head.safetensors result.json opponent"
+    "value_head.safetensors result.json"
 ).split()
 
 
@@ -149,13 +147,18 @@ def check_out(out, overwrite):
         read_config(out, "--out", finished=False)
 
 
+def written(run):
+    """All files of a run, and of its learning opponent."""
+    return [folder / name for folder in (run, run / "opponent") for name in WRITTEN]
+
+
 def check_written(option, run):
     """Raise InputError where something else stands in the place of a file of a run."""
-    for name in WRITTEN:
-        path = run / name
-        folder = name == "opponent" and path.is_dir() and not path.is_symlink()
-        if not (folder or replaceable(path)):
-            raise InputError(option, f"{path} or {path.name}.tmp is no regular file: take it away")
+    opponent = run / "opponent"
+    odd = [path for path in written(run) if not replaceable(path)]
+    odd += [opponent] * (lexists(opponent) and (opponent.is_symlink() or not opponent.is_dir()))
+    for path in odd[:1]:
+        raise InputError(option, f"{path} or {path.name}.tmp is in the way: take it away")
 
 
 def read_state(run):
@@ -184,7 +187,7 @@ def read_state(run):
 
 
 class RunFolder:
-    """A run that is being written. settings: what config.json holds, and what it need not hold."""
+    """A run that is being written. settings: all; resume, out and overwrite are left out."""
 
     def __init__(self, path, settings):
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
@@ -199,13 +202,11 @@ class RunFolder:
     def create(self):
         """Take away what train.py wrote for an earlier run, and nothing else; start anew."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:
-            path = self.path / name
-            path.with_name(f"{name}.tmp").unlink(missing_ok=True)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for path in written(self.path):
+            path.unlink(missing_ok=True)
+            Path(f"{path}.tmp").unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or someone else's files are in it
+            (self.path / "opponent").rmdir()
         write_json(self.path / "config.json", self.settings)
         (self.path / "metrics.csv").touch()
 
@@ -302,9 +303,9 @@ def processes(device, out):
         redirect_stdout(sys.stdout if is_first() else nowhere),
     ):
         try:
-            distributed.init_process_group(backend, timeout=timedelta(seconds=45))
+            distributed.init_process_group(backend)
             yield out if is_first() else Path(folder) / "run"
         except (distributed.DistError, RuntimeError) as error:
             hint = "the same torchrun with --resume RUN as the only option of train.py continues"
-            raise InputError("torchrun", f"a process has ended; {hint}; {error}") from None
+            raise InputError("torchrun", f"a process has failed; {hint}; {error}") from error
         distributed.destroy_process_group()

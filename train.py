@@ -57,7 +57,7 @@ def train_parser():
     share, until = number(float, 0, 1), number(float, 0, 1, above=True)
     penalty, points = number(float, 0, envs.MOST), number(float, -envs.MOST, envs.MOST)
     listed = {"nargs": "+"}
-    sampling = "constrained: one of the two names; free: any text, and what is no name is illegal"
+    sampling = "constrained: one of the two names; free: any text, illegal if it begins with none"
     names = f"of C and D; of more, or of random ({len(envs.NAMES)}), every update draws two"
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, **listed)
@@ -209,14 +209,15 @@ def setup(args, saved=None):
             opponent = lru_cache(maxsize=64)(Agent(frozen, second=True).player)
         else:
             opponent = lambda condition: envs.memory_one(who)  # noqa: E731
-        asked, (_, names, layouts, wordings) = "--actions", choices(args)
-        first = envs.first_condition(*choices(args))
-        encode(tokenizer, envs.build_prompts(first), names)  # at once: any two of them differ
+        asked, drawn = "--actions, --prompt", choices(args)
+        first = envs.first_condition(*drawn)
+        encode(tokenizer, envs.build_prompts(first), drawn[1])  # at once: any two names differ
+        shown = [first._replace(layout=x, wording=y) for x, y in product(*drawn[2:])]
+        tries = [agents[0].trie(condition) for condition in shown]
         asked = "--model (its attention may be of a kind that cannot run a token trie)"
-        for layout, wording in product(layouts, wordings):
-            condition = first._replace(layout=layout, wording=wording)
-            agents[0].policy.reference(agents[0].trie(condition))
-            check_causal(agents[0].policy, agents[0].trie(condition))
+        for trie in tries:
+            agents[0].policy.reference(trie)
+            check_causal(agents[0].policy, trie)
         settings = args.lr, args.epochs, args.kl_coef, args.kl_target, args.gamma
         agents = [agent._replace(learner=Learner(agent.policy, *settings)) for agent in agents]
         if saved:
@@ -257,7 +258,7 @@ def train(args, agents, opponent, folder, state, stop):
 
     def save(updates):
         # What is saved is good: not while numbers that are not finite make updates be skipped.
-        if not any(agent.learner.skipped_in_a_row for agent in agents):
+        if runs.is_first() and not any(agent.learner.skipped_in_a_row for agent in agents):
             learners = [agent.learner.state() for agent in agents]
             folder.save(learners, updates=updates, rng=rng.bit_generator.state, before=before)
 

@@ -224,9 +224,9 @@ def test_a_run_folder_with_what_is_no_regular_file_is_refused(kind, name, whole,
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(mine) if kind == "link" else os.mkfifo(run / name)
     before, listed = (run / name).lstat()[:2], sorted(os.listdir(run))  # mode and inode
-    with refused(capsys, "--resume", name, "no regular file"):
+    with refused(capsys, "--resume", name, "in the way"):
         train.main(["--resume", str(run)])
-    with refused(capsys, "--out", name, "no regular file"):
+    with refused(capsys, "--out", name, "in the way"):
         run_training(run, *SHORT, "--overwrite")
     with pytest.raises(OSError, match="no regular"), replacing(run / name.removesuffix(".tmp")):
         pytest.fail("written")
@@ -262,6 +262,10 @@ def test_overwrite_takes_away_only_what_a_run_wrote(tmp_path, capsys):
     result = run_training(out, *SHORT, "--reward", "utilitarian", "--overwrite")
     assert result["reward"] == ["utilitarian"] and not (out / "opponent").exists()
     assert (out / "thesis.tex").read_text() == "years of work"
+    run_training(out, *SHORT, "--opponent", "learner", "--overwrite")
+    (out / "opponent" / "results.json").write_text("mine")
+    run_training(out, *SHORT, "--overwrite")
+    assert files(out / "opponent") == {"results.json": b"mine"}
 
 
 def test_a_run_that_could_not_begin_is_replaced_with_the_usual_permissions(tmp_path):
