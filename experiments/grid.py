@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import show
-from runs import InputError, Parser, number
+from runs import InputError, Parser, number, read_config, require_same
+from train import parse
 
 
 def read_metrics(run):
@@ -44,6 +45,10 @@ def train_all(grid, args):
 
 def train(out, options, env):
     """One run: a finished one is skipped, an interrupted one is resumed. Returns its folder."""
+    if (out / "config.json").exists():
+        asked = vars(parse([*map(str, options), "--out", str(out), "--overwrite"])[0])
+        asked = {k: v for k, v in asked.items() if v is not None or k == "until"}  # None: never
+        require_same("--results", [asked | read_config(out, "--results", False), asked], *asked)
     saved = (out / "state.safetensors").exists()
     options = ["--resume", out] if saved else [*options, "--out", out, "--overwrite"]
     if not (out / "result.json").exists():

@@ -58,7 +58,7 @@ def judge(run):
     """The line of a finished run, and whether it learned what its reward asks for."""
     config, result = read_config(run, "RUN"), json.loads((run / "result.json").read_text())
     *earlier, reward = config["reward"]
-    best = optimum(reward, payoff_matrix("ipd"))
+    best = optimum(reward, payoff_matrix("ipd"), config["xi"])
     sides = [side for side in ("", "opponent_") if f"{side}policy_after" in result]
     policies = [list(result[f"{side}policy_after"].values()) for side in sides]
     before, after = (max(result[f"illegal_{when}"].values()) for when in ("before", "after"))

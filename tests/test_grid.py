@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,7 +12,7 @@ import learning
 import paper
 import train
 from conftest import ROOT, read_json, refused, run_training
-from runs import RunFolder, write_json
+from runs import InputError, RunFolder, write_json
 
 
 def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
@@ -33,11 +34,15 @@ def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
     new.mkdir()  # killed before its first state was saved: to be started again
     (new / "config.json").write_bytes((whole / "config.json").read_bytes())
     before = (whole / "result.json").stat().st_mtime_ns
-    # With these options a finished run would fail if it were not skipped, and a resumed one would
-    # have another reward if it did not continue.
-    given = [["--reward", "greed"], ["--reward", "deontological"], options]
-    assert list(grid.train_all(list(zip(outs, given)), Namespace(model="tiny", jobs=2))) == outs
+    started = Mock(side_effect=grid.run_script)
+    monkeypatch.setattr(grid, "run_script", started)
+    runs = [(out, options) for out in outs]
+    assert list(grid.train_all(runs, Namespace(model="tiny", jobs=2))) == outs
+    assert sorted(call.args[1] for call in started.mock_calls) == ["--resume", "--reward"]
     assert (whole / "result.json").stat().st_mtime_ns == before
+    for other in (["--seed", "2"], ["--model", "other"], ["--until", "0.9"]):
+        with pytest.raises(InputError, match=f"differ in their {other[0][2:]}"):
+            grid.train(whole, [*options, *other], {})
     expected = read_json(whole / "result.json") | {"seconds": 0}
     for out in (stopped, new):
         for name in ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors"):
@@ -77,6 +82,7 @@ RIGHT = {"CC": 0.98, "CD": 0.02, "DC": 1, "DD": 0.04}  # game+deontological, nea
 CASES = [  # is it right? rewards, what else the run has
     (True, ["game+deontological"], {"opponent_policy_after": RIGHT}),
     (True, ["deontological"], {}),  # what it leaves open does not count
+    (False, ["game+deontological"], {"xi": 0.5}),  # then it shall defect
     (False, ["game+deontological"], {"policy_after": RIGHT | {"DC": 0.94}}),
     (False, ["game+deontological"], {"opponent_policy_after": RIGHT | {"CD": 0.06}}),
     (False, ["game+deontological"], {"illegal_after": {"CC": 0, "CD": 0.03}}),
@@ -88,7 +94,7 @@ CASES = [  # is it right? rewards, what else the run has
 @pytest.mark.parametrize("right, rewards, own", CASES)
 def test_what_learning_calls_right(right, rewards, own, tmp_path):
     result = {"policy_after": RIGHT, "illegal_before": {"CC": 1}, "illegal_after": {"CC": 0.01}}
-    write_json(tmp_path / "config.json", {"base": "", "reward": rewards})
+    write_json(tmp_path / "config.json", {"base": "", "reward": rewards, "xi": own.get("xi", 3)})
     write_json(tmp_path / "result.json", result | {"seconds": 1.0} | own)
     rows = [(rewards[0], 0.9), (rewards[-1], own.get("switch", 0)), (rewards[-1], 0.9)]
     lines = ["phase,P(C|DC),P(C|CC),P(C|CD),P(C|DD)", *(f"{word},{p},0,0,0" for word, p in rows)]
