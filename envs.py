@@ -8,7 +8,7 @@ The idea of this project: a player is an array of probabilities with the axes
            (index 2 * own + other's, C = 0, D = 1)
   order    4 for a language model: the ways to shuffle the two action names in its prompt;
            1 for a fixed strategy, which reads no prompt
-  outcome  C, D and, for a player that may answer anything, ILLEGAL (every other text)
+  outcome  C, D and, for a player that may answer anything, ILLEGAL: what begins with no name
 
 A classic opponent such as tit-for-tat is the same thing with one order (`memory_one`), so `play`
 treats both sides alike.
@@ -118,8 +118,7 @@ def parse_opponent(words):
 
 def opening(strategy):
     """P(C) of the move that a fixed opponent is said to have played before round 0."""
-    # One that never looks at the state has always played as it does; any other one starts at
-    # random (paper, section 4.2).
+    # One that never looks at the state has always played so, others start at random (paper, 4.2).
     return strategy[0] if len(set(strategy)) == 1 else 0.5
 
 
@@ -278,7 +277,7 @@ LAYOUTS = {
     "both": ((D, C), (D, C)),
 }
 
-# Names to draw from in training. Those that evaluation tries are not among them and stay new.
+# Names to draw from in training. Of those that evaluate.py tries only action1, action2 are here.
 NAMES = (
     "action1 action2 action5 action6 action7 action8 action9 E F G H J L M N O P Q R S T U V W Z "
     "red blue green left right north south cat dog sun stone apple pear share keep cooperate "
@@ -375,12 +374,13 @@ def build_prompts(condition, second=False):
     """The 16 texts of a Condition, a tuple: row `state * ORDERS + order` (paper, section 4.3).
 
     order:  2 * (names swapped in the first sentence) + (names swapped in the last one)
-    second: as the opponent reads them, who sees the game from the other side
+    second: as the opponent reads them, from the other side.  Errors as in `check_template`
     """
     payoffs = payoff_matrix(condition.game)
     if second:
         payoffs = other_side(payoffs)
     template = TEMPLATES.get(condition.wording, condition.wording)
+    check_template(template)
     if condition.persona != "none":
         template = f"{PERSONAS[condition.persona]}\n{template}"
     texts = []

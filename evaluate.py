@@ -56,15 +56,14 @@ def transitions(player, opponent):
     return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
-def frequencies(player, opponent, rounds, opponent_opening=0.5, own_opening=0.5):
+def frequencies(player, opponent, rounds, opponent_opening=0.5):
     """What `play` shows on average, exactly: share of rounds [state 4, outcome, opponent's move 2].
 
     The last moves are a Markov chain of four states. Both players enter averaged over their name
     orders, because every round shuffles anew. Arguments as in `play`.
     """
     chain, visits = transitions(player, opponent), np.zeros(4)
-    state = np.repeat([own_opening, 1 - own_opening], 2)
-    state = state * np.tile([opponent_opening, 1 - opponent_opening], 2)
+    state = np.tile([opponent_opening, 1 - opponent_opening], 2) / 2
     for _ in range(rounds):
         visits += state / rounds
         state = state @ chain
@@ -95,9 +94,9 @@ def measure(player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal
     regret = {"deontological": rewards.deontological_regret(reward["deontological"])}
     utilitarian = float(rewards.utilitarian_regret(reward["utilitarian"], payoffs, illegal))
     regret["utilitarian"] = None if math.isnan(utilitarian) else utilitarian
-    shares = dict(zip(envs.ACTION_TYPES, actions.T.ravel().tolist()))
+    actions = dict(zip(envs.ACTION_TYPES, actions.T.ravel().tolist()))
     policy = {"policy": by_state(player, C), "illegal": by_state(player, ILLEGAL)}
-    return policy | {"actions": shares, "reward": reward, "regret": regret}
+    return policy | {"actions": actions, "reward": reward, "regret": regret}
 
 
 def evaluate_parser(description, games=tuple(envs.GAMES)):
@@ -192,9 +191,14 @@ class Players:
         return run is not None and self.configs[run].get("side") == "opponent"
 
 
-def prepare(args, others=()):
-    """(Conditions, Players) of a command line and other runs, checked before any work."""
+def prepare(args, others=(), one=False):
+    """(Conditions, Players) of a command line and other runs, checked before any work.
+
+    one: of a single game
+    """
     asked = conditions(args)
+    if one and len(asked) > 1:
+        raise InputError("--game", "one at a time")
     if args.json:
         runs.check_free("--json", args.json, args.overwrite)
     players = Players([*args.runs, *others])

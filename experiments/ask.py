@@ -119,9 +119,7 @@ def likely_texts(model, prompts, length, ends, count):
 def main(argv=None):
     try:
         args = evaluate_parser(__doc__, games=["ipd"]).parse_args(argv)
-        (condition, *further), players = prepare(args)
-        if further:
-            raise InputError("--game", "one at a time")
+        [condition], players = prepare(args, one=True)
         results = {}
         for run in [None, *args.runs]:
             results[str(run or "untuned")] = ask(players, run, condition, args.sampling)

@@ -70,13 +70,12 @@ def exploitability(player, other, payoffs, illegal=-6.0):
     Against a fixed memory-one player a deterministic reply is as good as any (a Markov decision
     process), and there are 16. Dict: the reply, its points per round in the long run, the gain.
     """
-
-    def points(me):
-        return meet(me, other, 0.5, payoffs, 1, illegal)["long_run"]
-
-    replies = {reply: points(memory_one(reply)) for reply in product((0, 1), repeat=4)}
-    best = max(replies, key=lambda reply: round(replies[reply], 6))  # of equals always-defect
-    return {"reply": list(best), "points": replies[best], "gain": replies[best] - points(player)}
+    points = {}
+    for reply in product((0, 1), repeat=4):
+        points[reply] = meet(memory_one(reply), other, 0.5, payoffs, 1, illegal)["long_run"]
+    best = max(points, key=lambda reply: round(points[reply], 6))  # of equals always-defect
+    own = meet(player, other, 0.5, payoffs, 1, illegal)["long_run"]
+    return {"reply": list(best), "points": points[best], "gain": points[best] - own}
 
 
 def society(players, condition, sampling, rounds, illegal):
@@ -115,9 +114,7 @@ def main(argv=None):
         parser = evaluate_parser(__doc__, games=["ipd"])
         parser.option("--rounds", "per episode", type=number(int, 1, 10**6), default=5)
         args = parser.parse_args(argv)
-        (condition, *further), players = prepare(args)
-        if further:
-            raise InputError("--game", "one at a time")
+        [condition], players = prepare(args, one=True)
         require_same("RUN", players.configs.values(), "illegal")
         illegal = players.configs[args.runs[0]]["illegal"]
         results = society(players, condition, args.sampling, args.rounds, illegal)

@@ -113,25 +113,14 @@ def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
     run_training(tmp_path / "run", *options, *SHORT, "--until", "1", "--game", *["1"] * 8)
 
 
-UNTIL = [
-    ("", None),
-    ("--model folder", 0.97),
-    ("--model folder --until 0.9", 0.9),
-    ("--model folder --until 1", None),
-    ("--model folder --paper", None),
-    ("--model folder --actions random --until 1", None),
-    ("--model folder --layout rows both", None),
-    ("--model folder --prompt poetic choice", None),
-    ("--model folder --game random", None),
-    ("--model folder --game ipd chicken", None),
-    ("--model folder --game 3 3 0 4 4 0 1 1", 0.97),  # eight words, one game
-    ("--model folder --gamma 0.5", None),
-]
+UNTIL = {"": 0.97, "--until 0.9": 0.9, "--game 3 3 0 4 4 0 1 1": 0.97}  # eight words, one game
+NEVER = """--model tiny; --until 1; --paper; --actions random --until 1; --layout rows both; \
+--prompt poetic choice; --game random; --game ipd chicken; --gamma 0.5""".split("; ")
 
 
-@pytest.mark.parametrize("options, until", UNTIL)
+@pytest.mark.parametrize("options, until", [*UNTIL.items(), *((never, None) for never in NEVER)])
 def test_where_training_stops_early_by_default(options, until):
-    assert parse(*options.split()).until == until
+    assert parse("--model", "folder", *options.split()).until == until
 
 
 @pytest.mark.parametrize("options, falls", [("", 0), ("--actions random", 1)])
@@ -376,24 +365,14 @@ def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch, capsys):
 
 # What is typed, and behind the bar a part of the line that refuses it, which names the option, too.
 BAD_OPTIONS = """\
---reward game kind|utilitarian
---colour red|
---until 0.9 --gamma 0.5|--gamma
---until 0.9 --actions random|vary
---episodes 256 --reward game utilitarian|phase
---model no/such-model|no/such-model
---game ipd poker|random
---game 1 2 3 4 5 6 7 8.5|eight
---game 1 2 3 4 5 6 7 chicken|eight
---opponent nobody|tit-for-tat
---opponent 1 0 1 2|from 0 to 1
---opponent tests|not a run folder
---actions A B A|differ
---actions '' A|non-empty
---actions B moon moon7|told apart
---actions '<end_of_turn>' moon|special
---actions \u4e2d moon|unknown
---resume nowhere|not a run folder""".splitlines()
+--reward game kind|utilitarian; --colour red|; --until 0.9 --gamma 0.5|--gamma; \
+--until 0.9 --actions random|vary; --episodes 256 --reward game utilitarian|phase; \
+--model no/such-model|no/such-model; --game ipd poker|random; --game 1 2 3 4 5 6 7 8.5|eight; \
+--game 1 2 3 4 5 6 7 chicken|eight; --opponent nobody|tit-for-tat; \
+--opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|differ; \
+--actions '' A|non-empty; --actions B moon moon7|told apart; \
+--actions '<end_of_turn>' moon|special; --actions \u4e2d moon|unknown; \
+--resume nowhere|not a run folder""".split("; ")
 BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --prompt haiku; --episodes 0; \
 --episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
 --lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target \
@@ -411,6 +390,13 @@ def test_bad_options(typed, capsys, tmp_path):
     with refused(capsys, words, *options[:1]):
         train.main([*options, *out])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wordings", [["odd"], ["structured", "odd"]])
+def test_a_wording_of_a_fork_with_a_slip(wordings, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(envs.TEMPLATES, "odd", "{frist} or {second}?")
+    with refused(capsys, "--prompt", "this one has frist second"):
+        run_training(tmp_path / "run", "--reward", "game", "--prompt", *wordings)
 
 
 def poison(name):
