@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import ORDERS, C
 from policy import load_model, prompt_heads
 from runs import InputError, Parser, check_free, stop, write_json
-from speed import ROUNDS, Job, load
+from speed import GB, ROUNDS, Job, load
 from train import DEFAULTS
 
 
@@ -46,14 +46,14 @@ class Curve:
         return cooperation > 0.9
 
     def figures(self):
-        last, memory = self.points[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        last, memory = self.points[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
         speed = {"answers per second": last["answers"] / last["seconds"]}
         return {**last, **speed, "peak memory, GB": memory, "curve": self.points}
 
 
 def here(model, lr, **_):
     """Our loop, with 256 episodes an update."""
-    job = Job(*load(model, layers=None), free=True, lr=lr)
+    job = Job(*load(model, layers=None, gpu=False), free=True, lr=lr)
     curve = Curve(job, "here")
     for update in range(51):
         if curve.look(update * 256 * ROUNDS):

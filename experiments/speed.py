@@ -29,14 +29,17 @@ from policy import Policy, load_model
 from ppo import Learner
 from rewards import reward_array
 from runs import InputError, Parser, number, stop
+from train import DEFAULTS
 
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
 ROUNDS = 5
+GB = 1e9 if sys.platform == "darwin" else 1e6  # in units of ru_maxrss
 
 
-def load(name, layers):
-    """(model with an adapter, tokenizer) on a GPU where there is one."""
-    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+def load(name, layers, gpu=True):
+    """(model with an adapter, tokenizer), on a GPU where there is one (not if gpu is False)."""
+    gpu = gpu and torch.cuda.is_available()
+    device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
     if name == "gemma-2-2b-shape":
         _, tokenizer = load_model("tiny", "cpu")
         config = Gemma2Config(num_hidden_layers=layers)  # the rest is by default Gemma 2 2B's
@@ -46,7 +49,7 @@ def load(name, layers):
     else:
         model, tokenizer = load_model(name, device, dtype)
     torch.manual_seed(0)
-    add_adapter(model, "player", *((8, 16) if name == "tiny" else (16, 32)))
+    add_adapter(model, "player", *(DEFAULTS[key][name != "tiny"] for key in ("rank", "alpha")))
     return model, tokenizer
 
 
@@ -127,7 +130,7 @@ def measure(job, repeats):
     share = {name: seconds / near["update"] for name, seconds in near.items()}
     parts = {"forward": share["forward"], "backward": share["pass of the table"] - share["forward"]}
     parts |= {name: share[name] for name in ("optimizer", "rollout")}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated() / 1e9
 

@@ -146,7 +146,7 @@ def print_results(results):
             print(f"Not new to {agent['run']}: {' '.join(agent['not_new'])}")
 
 
-def write(results, folder):
+def write(results, folder, learning):
     write_json(folder / "transfer.json", results)
     named = [(re.sub(r", (episodes|epochs|lr) [^ ,]+", "", n), leaf) for n, leaf in rows(results)]
     names, new = [name for name, _ in named], list(named[0][1])
@@ -162,6 +162,8 @@ def write(results, folder):
         ax.set_yticks(range(len(named)), names)
         ax.set(xlabel="what is new at test", title="1: as the reward asks; 0: its opposite")
         figure.savefig(folder / "transfer.png")
+        if learning:
+            plot_learning(results).savefig(folder / "learning.png")
 
 
 def plot_learning(results):
@@ -203,10 +205,7 @@ def main(argv=None):
         results = measure_runs(Players(runs), runs)
         print_results(results)
         if folder:
-            write(results, folder)
-        if folder and args.runs:
-            with style():
-                plot_learning(results).savefig(folder / "learning.png")
+            write(results, folder, learning=args.runs)
     except (InputError, OSError) as error:
         stop(InputError("--results", error))  # an InputError stays as it is
 
