@@ -276,7 +276,7 @@ class Policy:
 
     free: False: one of the answers is always given, K = A (at each token only what continues an
           answer is allowed, renormalised)
-          True: any text may be given, K = A + 1; the last outcome is every other text
+          True: any text may be given, K = A + 1; the last is what begins with no answer
     """
 
     def __init__(self, model, tokenizer, name, free=False):
@@ -335,8 +335,8 @@ class Policy:
         """What it answers: float64 numpy [P, K]."""
         return self(trie, graph=False)[0].double().exp().numpy()
 
-    def share_gradients(self):
-        """Sum what the loss's gradient is by each process' own rows. Returns its norm, a float."""
+    def sum_gradients(self):
+        """Sum the gradients of all processes, each of its own rows. Returns the norm, a float."""
         for parameter in self.parameters():
             if parameter.grad is None:  # of a layer that did not run
                 parameter.grad = torch.zeros_like(parameter)
@@ -353,7 +353,7 @@ class Policy:
         lora.write_tensors(folder / "value_head.safetensors", self.value_head.state_dict())
 
     def load(self, folder, value_head=False):
-        """Take the adapter of a folder, and its value head too. Errors as in `load_adapter`."""
+        """Take a folder's adapter, and if asked its value head. Errors as in `load_adapter`."""
         lora.load_adapter(self.model, self.name, folder)
         if value_head:
             self.value_head.load_state_dict(lora.read(folder / "value_head.safetensors"))

@@ -15,7 +15,7 @@ import torch
 
 from lora import adapter
 
-# The paper's values, but for Adam's epsilon.
+# The paper's values, but for the last two.
 CLIP = 0.2  # of the ratio and of the value
 VF_COEF = 0.1  # weight of the value loss
 GAE_LAMBDA = 0.95  # Schulman et al. (2016)
@@ -86,7 +86,8 @@ class Learner:
     def update(self, trie, table, prompt, action, reward):
         """One PPO update (Schulman et al., 2017). Returns the dict of `report`.
 
-        trie, table: what the old policy read, and said; with its graph the first epoch has its pass
+        trie, table: what the old policy read, and (log-probabilities, values), what it said; if
+                     they carry their graph the first epoch needs no pass of its own
         prompt, action, reward: what was played, arrays [episode, round]; reward in points
         """
         prompt, action, reward = map(torch.from_numpy, (prompt, action, reward.astype(float)))
@@ -100,7 +101,7 @@ class Learner:
         kl_sample = old_log_prob - self.policy.reference(trie)[prompt, action]
         penalised = scaled - self.kl_coef * kl_sample
 
-        # Advantage, whitened; the value learns what the advantage was measured against.
+        # Advantage, whitened: the return above the value, which in turn learns the return.
         advantage = gae(penalised, old_value, self.gamma)
         target = advantage + old_value
         advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
@@ -111,7 +112,8 @@ class Learner:
                 table = self.policy(trie)
             log_probs, values = table
 
-            # Policy loss (Schulman, eq. 7): beyond the clip there is no reason to move further.
+            # Policy loss (Schulman, eq. 7): beyond the clip there is no reason to move further. In
+            # the first epoch the ratio is 1, so the clip acts from the second one on.
             ratio = torch.exp(log_probs[prompt, action] - old_log_prob)
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
             policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
@@ -125,7 +127,7 @@ class Learner:
             self.optimizer.zero_grad()
             with adapter(self.policy.model, self.policy.name):
                 (policy_loss + VF_COEF * value_loss).backward()
-            norm = self.policy.share_gradients()
+            norm = self.policy.sum_gradients()
 
             # Step: not with numbers that are not finite, nor far from where the rounds were played.
             finite = math.isfinite(policy_loss.item() + value_loss.item() + norm)

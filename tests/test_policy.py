@@ -115,7 +115,7 @@ def test_a_layer_that_does_not_run_has_a_gradient_of_zero():
     policy = Policy(model, None, "player")
     policy(Trie(TEXTS, ANSWERS))[0].sum().backward()
     norms = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
-    assert policy.share_gradients() == pytest.approx(math.hypot(*norms))
+    assert policy.sum_gradients() == pytest.approx(math.hypot(*norms))
     assert all((getattr(model.unused, name)["player"].grad == 0).all() for name in "AB")
 
 
