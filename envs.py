@@ -62,12 +62,12 @@ def payoff_matrix(game):
 def game_words():
     """What a command line may name as games, in words."""
     own = f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
-    return f"{', '.join(GAMES)}; random (points from 0 to 9, fresh in every update); or {own}"
+    return f"{', '.join(GAMES)}; in training random (points 0 to 9, new in every update); or {own}"
 
 
 def opponent_words():
     """What a command line may name as an opponent, in words."""
-    own = "four numbers from 0 to 1, P(C | CC CD DC DD); learner (it learns, too); or a run folder"
+    own = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
     return f"{', '.join(STRATEGIES)}; {own}"
 
 
@@ -214,7 +214,7 @@ def describe(player):
 
 
 # What a model reads. A new wording is one entry: a template with what `fields` has. "structured" is
-# the one of training, "brief" the same in a fifth of the tokens, to train a real model longer; the
+# the one of training, "brief" the same in half the tokens, to train a real model longer; the
 # others are the paper's tests of robustness (section 5.4 and appendix).
 TEMPLATES = {
     "structured": """\

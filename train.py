@@ -4,7 +4,7 @@
     python train.py --reward deontological --opponent 1 0.3 1 0.3       # P(C | CC CD DC DD)
     python train.py --reward utilitarian --opponent learner      # two that learn from each other
     python train.py --reward game utilitarian                    # unlearn selfishness half-way
-    python train.py --reward utilitarian --model google/gemma-2-2b-it   # any causal language model
+    python train.py --reward utilitarian --model google/gemma-2-2b-it --out gemma   # any causal LM
     torchrun --nproc-per-node 4 train.py --reward utilitarian --model ...   # prompts dealt out
     python train.py --resume runs/utilitarian-vs-tit-for-tat-seed1      # continue a stopped run
 

@@ -3,7 +3,7 @@
     python experiments/drift.py runs/* --json drift.json
 
 On experiments/prose.txt, which has nothing to do with games: its first 256 tokens, read in chunks
-of 64 (the embedded model knows no prose). And in free answers to prompts that tell no game.
+of 64 (the embedded model knows no prose). And in free answers to prompts that show no points.
 """
 
 import sys

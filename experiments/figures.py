@@ -99,7 +99,7 @@ def plot_reciprocity(results):
 
 def plot_regret(results):
     """Both moral regrets: bars in each game."""
-    panels, units = {}, {"deontological": f"0 to xi = {results['xi']:g}", "utilitarian": "0 to 1"}
+    panels, units = {}, {"deontological": "points per round", "utilitarian": "0 best, 1 worst"}
     for norm, unit in units.items():
         bars = panels[f"{norm} regret\n({unit})"] = []
         for group in results["groups"]:

@@ -20,9 +20,8 @@ def read_metrics(run):
     own = (run / "metrics.csv").exists()
     path = run / "metrics.csv" if own else run.parent / "metrics.csv"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    mark = "opponent "
     for row in [] if own else rows:
-        row |= {key.removeprefix(mark): row[key] for key in row if key.startswith(mark)}
+        row |= {k.removeprefix("opponent "): row[k] for k in row if k.startswith("opponent ")}
     return rows
 
 

@@ -179,7 +179,8 @@ def plot_learning(results):
                 for window, row in rows:
                     if layout in ["", *row["condition"].split("; ")] and row[key] != "nan":
                         means.setdefault((window + 0.5) * WINDOW, []).append(float(row[key]))
-                ax.plot(sorted(means), [np.mean(means[x]) for x in sorted(means)], label=layout)
+                line = sorted(means), [np.mean(means[x]) for x in sorted(means)]
+                ax.plot(*line, label=layout, color=None if layout else "black")
             ax.set(ylabel=key if key == "accuracy" else f"{key}, nats", xlabel="update")
             ax.label_outer()
         panels[0].set(title=fill(group["name"], 30), ylim=(0, 1))
