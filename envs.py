@@ -61,14 +61,14 @@ def payoff_matrix(game):
 
 def game_words():
     """What a command line may name as games, in words."""
-    own = f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
-    return f"{', '.join(GAMES)}; in training random (points 0 to 9, new in every update); or {own}"
+    more = f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
+    return f"{', '.join(GAMES)}; in training random (points 0 to 9, new in every update); or {more}"
 
 
 def opponent_words():
     """What a command line may name as an opponent, in words."""
-    own = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
-    return f"{', '.join(STRATEGIES)}; {own}"
+    more = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
+    return f"{', '.join(STRATEGIES)}; {more}"
 
 
 def parse_games(words):

@@ -29,7 +29,7 @@ from runs import InputError, number
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
-# Settings of the embedded model, of any other one, and of --paper; where the command line has none.
+# What is not on the command line: of the embedded model, of any other one, of --paper.
 DEFAULTS = {
     "until": (None, 0.97, None),
     "sampling": ("constrained", "free", "free"),
@@ -49,8 +49,8 @@ def train_parser():
     parser = runs.Parser(__doc__)
 
     def option(flag, help, **kwargs):
-        if own := DEFAULTS.get(flag[2:].replace("-", "_")):
-            help += " [embedded model {}, any other {}, --paper {}]".format(*own)
+        if defaults := DEFAULTS.get(flag[2:].replace("-", "_")):
+            help += " [embedded model {}, any other {}, --paper {}]".format(*defaults)
         parser.option(flag, help, **kwargs)
 
     count, positive, some = number(int, 1, 10**9), number(float, 0, above=True), number(float, 0)
@@ -124,8 +124,8 @@ def parse(argv=None):
         raise InputError("--until", "not with --gamma, nor where games, names or texts vary")
     for key, (embedded, other, paper) in DEFAULTS.items():
         if getattr(args, key) is None:
-            own = embedded if args.model == "tiny" else other
-            setattr(args, key, paper if args.paper else own)
+            usual = embedded if args.model == "tiny" else other
+            setattr(args, key, paper if args.paper else usual)
     if endless or args.until == 1:
         args.until = None
     if phases(args) != sorted(set(phases(args))):
@@ -372,9 +372,9 @@ def run(args, saved, path):
     first = envs.first_condition(*choices(args))  # did it learn a word?
     swapped = agents[0].player(first._replace(names=first.names[::-1]))
     print("With the two action names in each other's role: " + envs.describe(swapped))
-    own = f" --layout {first.layout} --prompt {first.wording}"
-    own = own.replace(" --layout original", "").replace(" --prompt structured", "")
-    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{own}")
+    more = f" --layout {first.layout} --prompt {first.wording}"
+    more = more.replace(" --layout original", "").replace(" --prompt structured", "")
+    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{more}")
 
 
 def main(argv=None):
