@@ -154,11 +154,12 @@ def written(run):
 
 def check_written(option, run):
     """Raise InputError where something else stands in the place of a file of a run."""
-    opponent = run / "opponent"
+    folder = run / "opponent"
     odd = [path for path in written(run) if not replaceable(path)]
-    odd += [opponent] * (lexists(opponent) and (opponent.is_symlink() or not opponent.is_dir()))
-    for path in odd[:1]:
-        raise InputError(option, f"{path} or {path.name}.tmp is in the way: take it away")
+    if lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        odd.append(folder)
+    if odd:
+        raise InputError(option, f"{odd[0]} or {odd[0].name}.tmp is in the way: take it away")
 
 
 def read_state(run):
