@@ -43,7 +43,7 @@ def train_all(grid, args):
 
 
 def train(out, options, env):
-    """One run: a finished one is skipped, an interrupted one is resumed. Returns its folder."""
+    """One run: finished it is skipped, interrupted resumed; with other settings: InputError."""
     if (out / "config.json").exists():
         asked = vars(parse([*map(str, options), "--out", str(out), "--overwrite"])[0])
         asked = {k: v for k, v in asked.items() if v is not None or k == "until"}  # None: never
