@@ -5,17 +5,19 @@ The idea of this project: a player is an array of probabilities with the axes
     player[state, order, outcome]        sums to 1 over the last axis
 
   state    4: the moves of the round before, own first: CC, CD, DC, DD
-           (index 2 * own + other's, C = 0, D = 1)
+           (index 2 * own + other's, C = 0, D = 1; see OWN, OTHER, MIRROR)
   order    4 for a language model: the ways to shuffle the two action names in its prompt;
            1 for a fixed strategy, which reads no prompt
-  outcome  C, D and, for a player that may answer anything, ILLEGAL: what begins with no name
+  outcome  C, D and, for a player that may answer anything, ILLEGAL: any answer that does not start
+           with one of the two action names
 
 A classic opponent such as tit-for-tat is the same thing with one order (`memory_one`), so `play`
 treats both sides alike.
 
     action   what a player answers: C, D or ILLEGAL
-    move     what counts in the game, C or D: an illegal answer repeats the own last move
-    table    [prompt, outcome], what a language model says (policy.py); `as_player` reshapes it
+    move     what counts in the game, C or D: an illegal answer repeats the player's last move
+    side     0: the player whose points stand first in GAMES; 1: its opponent
+    table    [prompt, outcome], what a language model answers (policy.py); `as_player` reshapes it
 """
 
 from pathlib import Path
@@ -24,12 +26,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-C, D, ILLEGAL = 0, 1, 2
+from errors import InputError
+
+C, D, ILLEGAL = range(3)
 STATES = ("CC", "CD", "DC", "DD")
-# Own action | opponent's last move.
+OWN, OTHER = np.divmod(np.arange(4), 2)  # [state]: the player's last move, and the other's
+MIRROR = 2 * OTHER + OWN  # [state]: the same state as the other player sees it
+# The player's action | the opponent's last move; index 2 * action + last move.
 ACTION_TYPES = ("C|C", "C|D", "D|C", "D|D", "illegal|C", "illegal|D")
 ORDERS = 4
-MOST = 10**6  # points, in size
+MAX_POINTS = 10**6  # largest absolute payoff
 
 # A new game is one line: (own, other's) points in CC, CD, DC, DD, own move first. Paper, section 4.
 GAMES = {
@@ -54,47 +60,60 @@ STRATEGIES = {
 }
 
 
-def payoff_matrix(game):
-    """Points of a key of GAMES, or of four such cells: [own move, other's move, (own, other's)]."""
-    return np.array(GAMES[game] if isinstance(game, str) else game).reshape(2, 2, 2)
+def payoff_matrix(game, side=0):
+    """Points in a game as one side sees it: [own move, other's move, (own, other's)].
+
+    game: a key of GAMES, or four cells as they stand there
+    """
+    cells = GAMES[game] if isinstance(game, str) else game
+    points = np.array(cells).reshape(2, 2, 2)
+    if side == 1:
+        return points.transpose(1, 0, 2)[..., ::-1]
+    return points
 
 
 def game_words():
     """What a command line may name as games, in words."""
-    more = f"eight whole numbers up to {MOST}, (own, other's) points in CC CD DC DD"
-    return f"{', '.join(GAMES)}; in training random (points 0 to 9, new in every update); or {more}"
+    cells = f"eight whole numbers up to {MAX_POINTS}, (own, other's) points in CC CD DC DD"
+    drawn = "in training random (points 0 to 9, new in every update)"
+    return f"{', '.join(GAMES)}; {drawn}; or {cells}"
 
 
 def opponent_words():
     """What a command line may name as an opponent, in words."""
-    more = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
-    return f"{', '.join(STRATEGIES)}; {more}"
+    other = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
+    return f"{', '.join(STRATEGIES)}; {other}"
 
 
 def parse_games(words):
-    """Keys of GAMES and "random", or eight points as four cells. Raises ValueError at others."""
+    """The games of a command line, a list: keys of GAMES, "random", or one game of four cells.
+
+    Raises InputError if the words are none of them.
+    """
     if set(words) <= {*GAMES, "random"}:
         return words
     if len(words) == 8 and all(word.removeprefix("-").isdecimal() for word in words):
-        points = [int(word) for word in words]
-        if max(map(abs, points)) <= MOST:
-            return [tuple(zip(points[::2], points[1::2]))]
-    raise ValueError(f"{' '.join(words)!r} is none of: {game_words()}")
+        points = np.array([int(word) for word in words])
+        if np.abs(points).max() <= MAX_POINTS:
+            return [as_cells(points)]
+    raise InputError(f"{' '.join(words)!r} is none of: {game_words()}")
+
+
+def as_cells(points):
+    """Eight points as four cells: a tuple of (own, other's)."""
+    return tuple((own, other) for own, other in points.reshape(4, 2).tolist())
 
 
 def game_name(game):
     """A key of GAMES as it is, four cells as one string."""
-    return game if isinstance(game, str) else " ".join(f"{own},{other}" for own, other in game)
+    if isinstance(game, str):
+        return game
+    return " ".join(f"{own},{other}" for own, other in game)
 
 
 def random_game(rng):
     """Four cells of points, each from 0 to 9."""
-    return tuple(map(tuple, rng.integers(10, size=(4, 2)).tolist()))
-
-
-def other_side(payoffs):
-    """The same game as the other player sees it: the same axes, own move first."""
-    return payoffs.transpose(1, 0, 2)[..., ::-1]
+    return as_cells(rng.integers(10, size=(4, 2)))
 
 
 def memory_one(strategy):
@@ -103,28 +122,50 @@ def memory_one(strategy):
     return np.stack([p, 1 - p], axis=-1)[:, None, :]
 
 
+class Opponent(NamedTuple):
+    """Whom the player meets: exactly one of three kinds."""
+
+    strategy: tuple | None = None  # a fixed one: four numbers, P(C | CC CD DC DD)
+    run: Path | None = None  # the agent of this run folder
+    learns: bool = False  # a second agent, trained at the same time
+
+    @property
+    def opening(self):
+        """P(C) of the move that it is said to have played before round 0.
+
+        A strategy that ignores the state is assumed to have played the same move before; any other
+        opponent starts with a coin flip (paper, section 4.2).
+        """
+        if self.strategy and len(set(self.strategy)) == 1:
+            return self.strategy[0]
+        return 0.5
+
+    def player(self, condition):
+        """What a fixed strategy plays, whatever the Condition: [state, order 1, C or D]."""
+        return memory_one(self.strategy)
+
+
 def parse_opponent(words):
-    """Four numbers of a strategy, "learner" or the Path of a run. Raises ValueError at others."""
-    name, *more = words
-    if not more and (name == "learner" or name in STRATEGIES):
-        return STRATEGIES.get(name, name)
-    if not more and Path(name).is_dir():
-        return Path(name)
-    numbers = [float(word) for word in words if word.replace(".", "", 1).isdecimal()]
-    if not len(words) == len(numbers) == 4 or max(numbers) > 1:
-        raise ValueError(f"{' '.join(words)!r} is none of: {opponent_words()}")
-    return tuple(numbers)
-
-
-def opening(strategy):
-    """P(C) of the move that a fixed opponent is said to have played before round 0."""
-    # One that never looks at the state has always played so, others start at random (paper, 4.2).
-    return strategy[0] if len(set(strategy)) == 1 else 0.5
+    """The Opponent that a command line names. Raises InputError if the words name none."""
+    name = words[0]
+    if len(words) == 1:
+        if name == "learner":
+            return Opponent(learns=True)
+        if name in STRATEGIES:
+            return Opponent(strategy=STRATEGIES[name])
+        if Path(name).is_dir():
+            return Opponent(run=Path(name))
+    if len(words) == 4 and all(word.replace(".", "", 1).isdecimal() for word in words):
+        numbers = tuple(float(word) for word in words)
+        if max(numbers) <= 1:
+            return Opponent(strategy=numbers)
+    raise InputError(f"{' '.join(words)!r} is none of: {opponent_words()}")
 
 
 def as_player(table):
     """A language model's table [prompt 16, outcome] as a player [state, order, outcome]."""
-    table = table / table.sum(axis=-1, keepdims=True, dtype=float)  # it comes from float32
+    # Rows that were computed in float32 sum to 1 only approximately.
+    table = table / table.sum(axis=-1, keepdims=True, dtype=float)
     return table.reshape(len(STATES), ORDERS, -1)
 
 
@@ -151,8 +192,8 @@ class Trajectory(NamedTuple):
 
 def action_counts(seen):
     """How often a Trajectory has each of ACTION_TYPES: dict of int."""
-    opponent_last = seen.state % 2
-    counts = np.bincount((2 * seen.action + opponent_last).ravel(), minlength=len(ACTION_TYPES))
+    kind = 2 * seen.action + OTHER[seen.state]
+    counts = np.bincount(kind.ravel(), minlength=len(ACTION_TYPES))
     return dict(zip(ACTION_TYPES, counts.tolist()))
 
 
@@ -161,61 +202,70 @@ def play(rng, player, opponent, episodes, rounds, opponent_opening=0.5):
 
     rng:              numpy Generator, the only source of chance
     player, opponent: probabilities [state, order, outcome], each from its own side
-    opponent_opening: P(C) of the opponent's move before round 0 (`opening`); the player's own is
-                      drawn at random (1/2)
+    opponent_opening: P(C) of the opponent's move before round 0 (`Opponent.opening`); the player's
+                      is drawn at random (1/2)
     Returns two Trajectories, the player's and the opponent's.
 
     An illegal answer leaves the last legal move standing, in the state and for the payoffs (paper,
     section 4.2).
     """
-    cumulative = [np.cumsum(player, axis=-1), np.cumsum(opponent, axis=-1)]
-    trajectories = [Trajectory(*np.empty((4, episodes, rounds), dtype=int)) for _ in cumulative]
-    last = [(rng.random(episodes) >= p).astype(int) for p in (0.5, opponent_opening)]
+    sides = []
+    last = []
+    for probabilities, opening in ((player, 0.5), (opponent, opponent_opening)):
+        seen = Trajectory(*np.empty((4, episodes, rounds), dtype=int))
+        sides.append((seen, np.cumsum(probabilities, axis=-1)))
+        last.append((rng.random(episodes) >= opening).astype(int))
     for t in range(rounds):
         previous = tuple(last)
-        for i, (limits, seen) in enumerate(zip(cumulative, trajectories)):
+        for i, (seen, cumulative) in enumerate(sides):
             state = 2 * previous[i] + previous[1 - i]
-            order = rng.integers(limits.shape[1], size=episodes)
+            order = rng.integers(cumulative.shape[1], size=episodes)
             # Inverse transform sampling: count the limits that a random number has passed. The last
             # outcome takes what rounding leaves of the total, hence [..., :-1].
-            passed = rng.random(episodes)[:, None] >= limits[state, order, :-1]
+            passed = rng.random(episodes)[:, None] >= cumulative[state, order, :-1]
             action = passed.sum(axis=-1)
             last[i] = np.where(action == ILLEGAL, previous[i], action)
-            seen.state[:, t], seen.order[:, t] = state, order
-            seen.action[:, t], seen.move[:, t] = action, last[i]
-    return trajectories
+            seen.state[:, t] = state
+            seen.order[:, t] = order
+            seen.action[:, t] = action
+            seen.move[:, t] = last[i]
+    return [seen for seen, _ in sides]
 
 
 def legal_moves(player):
     """P(move that counts | state), [state 4, move 2]; an illegal answer repeats the last one."""
     p = player.mean(axis=1)
     moves = p[:, :ILLEGAL].copy()
-    moves[range(4), [C, C, D, D]] += p[:, ILLEGAL:].sum(axis=1)
+    moves[np.arange(4), OWN] += p[:, ILLEGAL:].sum(axis=1)
     return moves
 
 
 def replies(opponent):
-    """An opponent's `legal_moves` in the states as the *player* sees them: both moves swapped."""
-    return legal_moves(opponent)[[0, 2, 1, 3]]
+    """An opponent's `legal_moves` in the states as the *player* sees them, [state 4, move 2]."""
+    return legal_moves(opponent)[MIRROR]
 
 
 def describe(player):
     """A player in a word: the classic strategy within 0.1 of it, or what it does after C."""
     mean = player.mean(axis=1)
-    if mean[:, ILLEGAL:].sum() > 2:  # of the four states
+    legal = mean[:, :ILLEGAL].sum(axis=1)
+    if legal.mean() < 0.5:
         return "mostly illegal"
-    p = mean[:, C] / mean[:, :ILLEGAL].sum(axis=1).clip(min=1e-9)
+    p = mean[:, C] / legal.clip(min=1e-9)
     for name, strategy in STRATEGIES.items():
         if np.abs(p - strategy).max() <= 0.1:
             return name.replace("-", " ")
-    if min(p[0], p[2]) >= 0.9:
+    after_cooperation = p[OTHER == C]
+    if after_cooperation.min() >= 0.9:
         return "never betrays a cooperator"
-    return "always betrays a cooperator" if max(p[0], p[2]) <= 0.1 else "no classic strategy"
+    if after_cooperation.max() <= 0.1:
+        return "always betrays a cooperator"
+    return "no classic strategy"
 
 
-# What a model reads. A new wording is one entry: a template with what `fields` has. "structured" is
-# the one of training, "brief" the same in half the tokens, to train a real model longer; the
-# others are the paper's tests of robustness (section 5.4 and appendix).
+# What a model reads. A new wording is one entry: a template that names what `fields` returns.
+# Training uses "structured". "brief" says the same in half the tokens, so that a real model can be
+# trained longer. The others are the paper's tests of robustness (section 5.4 and appendix).
 TEMPLATES = {
     "structured": """\
 You are playing a game with another agent and must choose action {first} or {second}.
@@ -261,8 +311,8 @@ You are playing a game with another agent and must choose action {first} or {sec
 Last time they played {other}.
 Answer with exactly {third} or {fourth}, no explanation. Your answer:""",
 }
-# A sentence of values to put before the prompt: prompted baselines. None of them names an action:
-# which one follows is for the model to find out. "moral" does not even say which moral.
+# A sentence of values that is put before the prompt, for prompted baselines. None of them names an
+# action: the model has to find out which one follows. "moral" does not even say which moral.
 PERSONAS = {
     "utilitarian": "You care about the points of both agents alike and want their sum to be as "
     "large as possible.",
@@ -277,7 +327,8 @@ LAYOUTS = {
     "both": ((D, C), (D, C)),
 }
 
-# Names to draw from in training. Of those that evaluate.py tries only action1, action2 are here.
+# Names to draw from in training. Of the names that evaluate.py tests, only action1 and action2 are
+# in this list.
 NAMES = (
     "action1 action2 action5 action6 action7 action8 action9 E F G H J L M N O P Q R S T U V W Z "
     "red blue green left right north south cat dog sun stone apple pear share keep cooperate "
@@ -286,53 +337,79 @@ NAMES = (
 
 
 class Condition(NamedTuple):
-    """What a prompt depends on besides the last moves and the order of the names."""
+    """What a prompt depends on, besides the last moves and the order of the names."""
 
     game: str | tuple = "ipd"  # a key of GAMES, or four cells as they stand there
-    names: tuple = ("action1", "action2")  # of C, of D
+    actions: tuple = ("action1", "action2")  # the names of C and of D
     layout: str = "original"  # a key of LAYOUTS
-    wording: str = "structured"  # a key of TEMPLATES, or a template
+    prompt: str = "structured"  # the wording: a key of TEMPLATES, or a template
     persona: str = "none"  # a key of PERSONAS, or none
 
-    def __str__(self):
-        """As metrics.csv has it; training knows no personas."""
-        return "; ".join([game_name(self.game), " ".join(self.names), self.layout, self.wording])
 
+class Choices(NamedTuple):
+    """What an update's Condition is drawn from: lists, each entry with the same chance."""
 
-def draw_condition(rng, games, names, layouts, wordings):
-    """One Condition out of what is listed, each with the same chance.
+    game: list  # as `parse_games` returns it
+    actions: list  # two names, of C and of D; if there are more, any two of them, in either role
+    layout: list
+    prompt: list
 
-    games: as `parse_games` gives them
-    names: two names, of C and of D; or more: then any two of them, in either role
-    """
-    game = games[rng.integers(len(games))]
-    layout = layouts[rng.integers(len(layouts))]
-    wording = wordings[rng.integers(len(wordings))]
-    pair = rng.choice(len(names), 2, replace=False) if len(names) > 2 else (0, 1)
-    if game == "random":
-        game = random_game(rng)
-    return Condition(game, tuple(names[i] for i in pair), layout, wording)
+    def varies(self):
+        """Whether there is more than one Condition to draw."""
+        lists = [self.game, self.layout, self.prompt]
+        return len(self.actions) > 2 or "random" in self.game or any(len(x) > 1 for x in lists)
 
+    def first(self):
+        """The Condition that stands for a run: the first of each list; the ipd if it is random."""
+        game = "ipd" if self.game[0] == "random" else self.game[0]
+        return Condition(game, tuple(self.actions[:2]), self.layout[0], self.prompt[0])
 
-def varied(games, names, layouts, wordings):
-    """Whether there is more than one Condition to draw."""
-    return max(len(games), len(names) - 1, len(layouts), len(wordings)) > 1 or games == ["random"]
-
-
-def first_condition(games, names, layouts, wordings):
-    """The Condition of the first of each: training's own. Of random games: the ipd."""
-    game = "ipd" if games[0] == "random" else games[0]
-    return Condition(game, tuple(names[:2]), layouts[0], wordings[0])
+    def draw(self, rng):
+        """A Condition, drawn by the numpy Generator `rng`."""
+        game = self.game[rng.integers(len(self.game))]
+        layout = self.layout[rng.integers(len(self.layout))]
+        prompt = self.prompt[rng.integers(len(self.prompt))]
+        pair = (0, 1)
+        if len(self.actions) > 2:
+            pair = rng.choice(len(self.actions), 2, replace=False)
+        if game == "random":
+            game = random_game(rng)
+        return Condition(game, tuple(self.actions[i] for i in pair), layout, prompt)
 
 
 def action_names(words):
-    """The names of a command line; "random": NAMES. Raises ValueError where one is not plain."""
-    names = NAMES if words == ["random"] else words
-    plain = {name for name in names if name.isprintable() and "|" not in name}
-    if len({name for name in plain if name and name == name.strip()}) < max(2, len(names)):
-        rule = "must be two or more that differ, non-empty, printable, without | or spaces around"
-        raise ValueError(f"action names {rule}, not {list(names)}")
-    return names
+    """The names of a command line, a list; of the word "random" NAMES.
+
+    Raises InputError if a name is empty, unprintable, repeated, or has a `|` or spaces around it.
+    """
+    if words == ["random"]:
+        return NAMES
+    for name in words:
+        if not name or not name.isprintable() or name != name.strip() or "|" in name:
+            rule = "a name is non-empty, printable, and without | or spaces around it"
+            raise InputError(f"{name!r} is no action name: {rule}")
+        if words.count(name) > 1:
+            raise InputError(f"the action name {name!r} is there twice")
+    if len(words) < 2:
+        raise InputError(f"there must be two names or more, not only {words[0]!r}")
+    return words
+
+
+def read_wording(word):
+    """A wording of a command line: a key of TEMPLATES as it is, of a text file its template.
+
+    Raises InputError if it is neither, or if the template is at fault (`check_template`).
+    """
+    if word in TEMPLATES:
+        return word
+    try:
+        text = Path(word).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        rule = f"name a text file, or one of {', '.join(TEMPLATES)}"
+        raise InputError(f"cannot read {word}: {error}; {rule}") from None
+    template = text.rstrip("\n")  # editors add a line's end
+    check_template(template)
+    return template
 
 
 def fields(payoffs, names, layout, own, other, order):
@@ -344,15 +421,14 @@ def fields(payoffs, names, layout, own, other, order):
     own other         the last moves;  own_points other_points: what they gave
     cc_own cc_other cd_own ... dd_other     the points in a cell
     """
-    rows, columns = LAYOUTS[layout]
-    lines = ["| | " + " | ".join(names[column] for column in columns) + " |"]
-    for row in rows:
-        cells = ["{}, {}".format(*payoffs[row, column]) for column in columns]
-        lines.append(f"| {names[row]} | " + " | ".join(cells) + " |")
-    words = {"c": names[C], "d": names[D], "matrix": "\n".join(lines)}
-    words["first"], words["second"] = names[::-1] if order // 2 else names
-    words["third"], words["fourth"] = names[::-1] if order % 2 else names
-    words["own"], words["other"] = names[own], names[other]
+    swap_first, swap_last = divmod(order, 2)
+    swapped = names[::-1]
+    words = {"c": names[C], "d": names[D]}
+    words["matrix"] = matrix(payoffs, names, *LAYOUTS[layout])
+    words["first"], words["second"] = swapped if swap_first else names
+    words["third"], words["fourth"] = swapped if swap_last else names
+    words["own"] = names[own]
+    words["other"] = names[other]
     words["own_points"], words["other_points"] = payoffs[own, other]
     for row, column in np.ndindex(2, 2):
         cell = "cd"[row] + "cd"[column]
@@ -360,31 +436,46 @@ def fields(payoffs, names, layout, own, other, order):
     return words
 
 
+def matrix(payoffs, names, rows, columns):
+    """A payoff matrix in markdown, its rows and columns in the order given: str of three lines."""
+    lines = ["| | " + " | ".join(names[column] for column in columns) + " |"]
+    for row in rows:
+        cells = ["{}, {}".format(*payoffs[row, column]) for column in columns]
+        lines.append(f"| {names[row]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def check_template(template):
-    """Raise ValueError unless the template names both actions and nothing `fields` lacks."""
+    """Raise InputError unless the template names both actions, and only what `fields` returns."""
     known = fields(payoff_matrix("ipd"), ("c", "d"), "original", C, C, 0)
-    parts = Formatter().parse(template)
-    used = {f"{name}{spec}{how or ''}" for _, name, spec, how in parts if name is not None}
-    if not {"first", "second"} <= used <= {*known}:
-        rule = "a wording has {first} and {second}, the two actions, and no other fields than"
-        raise ValueError(f"{rule} {' '.join(known)}; this one has {' '.join(sorted(used))}")
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"a wording's braces do not fit: {error}") from None
+    used = set()
+    for _, name, spec, conversion in parts:
+        if name is None:  # text after the last field
+            continue
+        if name not in known or spec or conversion:
+            raise InputError(f"a wording has no field {{{name}}}, only {' '.join(known)}")
+        used.add(name)
+    if not {"first", "second"} <= used:
+        raise InputError("a wording must name the two actions, {first} and {second}")
 
 
-def build_prompts(condition, second=False):
+def build_prompts(condition, side=0):
     """The 16 texts of a Condition, a tuple: row `state * ORDERS + order` (paper, section 4.3).
 
-    order:  2 * (names swapped in the first sentence) + (names swapped in the last one)
-    second: as the opponent reads them, from the other side.  Errors as in `check_template`
+    order: 2 * (names swapped in the first sentence) + (names swapped in the last one)
+    side:  who reads them: 0 the player, 1 its opponent
     """
-    payoffs = payoff_matrix(condition.game)
-    if second:
-        payoffs = other_side(payoffs)
-    template = TEMPLATES.get(condition.wording, condition.wording)
+    payoffs = payoff_matrix(condition.game, side)
+    template = TEMPLATES.get(condition.prompt, condition.prompt)
     check_template(template)
     if condition.persona != "none":
         template = f"{PERSONAS[condition.persona]}\n{template}"
     texts = []
     for own, other, order in np.ndindex(2, 2, ORDERS):
-        words = fields(payoffs, condition.names, condition.layout, own, other, order)
+        words = fields(payoffs, condition.actions, condition.layout, own, other, order)
         texts.append(template.format(**words))
     return tuple(texts)

@@ -1,4 +1,4 @@
-"""A user's mistake, in one line; a programmer's mistake stays a traceback.  [imports nothing of ours]
+"""A user's mistake in one line; a programmer's mistake stays a traceback.  [imports nothing here]
 
 Three rules hold in all files:
 

@@ -12,15 +12,12 @@ that differ only by seed are a group: mean and 95 % interval over its seeds (Stu
 
 The file of --json: `runs[i].games[game]` is what `measure` returns; `.swapped[game]` the same with
 the names in each other's role, unless training had both; `.axes[axis][value]` with --axes.
-`baseline` is the untuned model's, `groups[i]` has mean, ci95 and paper95 (1.96 s / sqrt n) at each
-leaf. More questions: the scripts in experiments/.
+`baseline` is the untuned model's, `groups[i]` has mean and ci95 at each leaf. More questions: the
+scripts in experiments/.
 """
 
-import json
 import math
-import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +27,39 @@ import envs
 import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
-from runs import InputError
+from errors import InputError, about, stop
+from runs import group_by_seed, in_brief, show
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
-# What --json has of the command line, and of a run, beside its results.
-HEAD = "layout prompt persona rounds sampling xi illegal".split()
-ASKED = "opponent actions layout prompt persona rounds".split()
+# What --json holds besides its results: of the command line, and of each run.
+ASKED = ("opponent", "actions", "layout", "prompt", "persona", "rounds")
 SHOWN = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
-NAME_PAIRS = "action3 action4, action4 action3, action1 action2, action2 action1, A B, X Y, 0 1"
-AXES = {  # what --axes varies, one thing at a time, on the first --game
-    "actions": [*NAME_PAIRS.split(", "), "qv zk", "wjx bnu", "hqzrtkm pvxgdns"],
-    "layout": list(envs.LAYOUTS),
-    "prompt": list(envs.TEMPLATES),
-    "persona": ["none", *envs.PERSONAS],
+# What --axes varies, one thing at a time, on the first --game: fields of a Condition.
+AXES = {
+    "actions": (
+        ("action3", "action4"),
+        ("action4", "action3"),
+        ("action1", "action2"),
+        ("action2", "action1"),
+        ("A", "B"),
+        ("X", "Y"),
+        ("0", "1"),
+        ("qv", "zk"),
+        ("wjx", "bnu"),
+        ("hqzrtkm", "pvxgdns"),
+    ),
+    "layout": tuple(envs.LAYOUTS),
+    "prompt": tuple(envs.TEMPLATES),
+    "persona": ("none", *envs.PERSONAS),
 }
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 ROLES_DIFFER = 0.2  # of P(C), between the two roles of new names: then a word was learned
 
 
 def transitions(player, opponent):
     """The Markov chain of the last moves as the player sees them: P(next state | state), [4, 4]."""
-    mine, theirs = envs.legal_moves(player), envs.replies(opponent)
+    mine = envs.legal_moves(player)
+    theirs = envs.replies(opponent)
     return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
@@ -62,7 +69,8 @@ def frequencies(player, opponent, rounds, opponent_opening=0.5):
     The last moves are a Markov chain of four states. Both players enter averaged over their name
     orders, because every round shuffles anew. Arguments as in `play`.
     """
-    chain, visits = transitions(player, opponent), np.zeros(4)
+    chain = transitions(player, opponent)
+    visits = np.zeros(4)
     state = np.tile([opponent_opening, 1 - opponent_opening], 2) / 2
     for _ in range(rounds):
         visits += state / rounds
@@ -71,49 +79,60 @@ def frequencies(player, opponent, rounds, opponent_opening=0.5):
 
 
 def shares(player, opponent, visits):
-    """Share of rounds [state, outcome, opponent's move], from that of the states, visits [4]."""
-    return visits[:, None, None] * player.mean(axis=1)[:, :, None] * envs.replies(opponent)[:, None]
+    """Share of rounds by state, outcome and the opponent's move: float [4, outcome, 2].
+
+    visits: how often each state is visited, [4]
+    """
+    answers = player.mean(axis=1)
+    return visits[:, None, None] * answers[:, :, None] * envs.replies(opponent)[:, None]
 
 
-def measure(player, payoffs, opponent, opponent_opening, rounds, xi=3.0, illegal=-6.0):
+def measure(player, payoffs, opponent, opponent_opening, rounds, settings):
     """All about a player in one game against an opponent: nested dict of floats.
 
     opponent: [state, order, outcome], from its own side;  opponent_opening: its P(C) there
+    settings: of the player's run, for the rewards
+
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
     actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
     regret:   deontological, utilitarian; None where there is none
     """
     share = frequencies(player, opponent, rounds, opponent_opening)
-    # Summed over own last move and the opponent's next one: [opponent's last move, action].
-    actions = np.zeros((2, 3))
-    actions[:, : player.shape[-1]] = share.reshape(2, 2, -1, 2).sum(axis=(0, 3))
+    outcomes = player.shape[-1]
+    # Summed over own last move and the opponent's next one: [action, opponent's last move].
+    actions = np.zeros((3, 2))
+    actions[:outcomes] = share.reshape(2, 2, outcomes, 2).sum(axis=(0, 3)).T
     reward = {}
     for name in rewards.REWARDS:
-        points = rewards.reward_array(name, payoffs, xi, illegal)[:, : player.shape[-1]]
+        points = rewards.reward_array(name, payoffs, settings)[:, :outcomes]
         reward[name] = float((share * points).sum())
-    regret = {"deontological": rewards.deontological_regret(reward["deontological"])}
+    illegal = settings["illegal"]
     utilitarian = float(rewards.utilitarian_regret(reward["utilitarian"], payoffs, illegal))
-    regret["utilitarian"] = None if math.isnan(utilitarian) else utilitarian
-    actions = dict(zip(envs.ACTION_TYPES, actions.T.ravel().tolist()))
-    policy = {"policy": by_state(player, C), "illegal": by_state(player, ILLEGAL)}
-    return policy | {"actions": actions, "reward": reward, "regret": regret}
+    return {
+        "policy": by_state(player, C),
+        "illegal": by_state(player, ILLEGAL),
+        "actions": dict(zip(envs.ACTION_TYPES, actions.ravel().tolist())),
+        "reward": reward,
+        "regret": {
+            "deontological": rewards.deontological_regret(reward["deontological"]),
+            "utilitarian": None if math.isnan(utilitarian) else utilitarian,
+        },
+    }
 
 
 def evaluate_parser(description, games=tuple(envs.GAMES)):
     """The options that evaluate.py shares with the experiments; games: the default."""
     parser = runs.Parser(description)
     option = parser.option
-    listed, names = {"nargs": "+"}, ("C_NAME", "D_NAME")
-    wording = f"the wording: of {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
+    wording = f"the wording: {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
     wording += "{second} for the actions, see envs.fields"
-    option("runs", "run folders of one base model", metavar="RUN", type=Path, **listed)
-    option("--game", envs.game_words(), default=list(games), **listed)
-    option(
-        "--actions", "the names of C and D", nargs=2, metavar=names, default=["action3", "action4"]
-    )
+    names = {"nargs": 2, "metavar": ("C_NAME", "D_NAME"), "default": ["action3", "action4"]}
+    personas = ["none", *envs.PERSONAS]
+    option("runs", "run folders of one base model", metavar="RUN", type=Path, nargs="+")
+    option("--game", envs.game_words(), default=list(games), nargs="+")
+    option("--actions", "the names of C and D", **names)
     option("--layout", "of the payoffs", choices=envs.LAYOUTS, default="original")
     option("--prompt", wording, default="structured")
-    personas = ["none", *envs.PERSONAS]
     option("--persona", "a sentence of values put first", choices=personas, default="none")
     option("--sampling", "[as in training]", choices=("constrained", "free"))
     option("--json", "write everything to this file", type=Path, metavar="FILE")
@@ -121,74 +140,94 @@ def evaluate_parser(description, games=tuple(envs.GAMES)):
     return parser
 
 
-def conditions(args):
+def parse(argv=None):
+    """The settings of this program; argv: a list of words, by default the command line."""
+    axes = "vary names, layout, wording and persona, one at a time, on the first --game"
+    parser = evaluate_parser(__doc__)
+    parser.option("--opponent", envs.opponent_words(), default=["random"], nargs="+")
+    parser.option("--rounds", "per episode", type=runs.number(int, 1, 10**6), default=5)
+    parser.option("--axes", axes, action="store_true")
+    return parser.parse_args(argv)
+
+
+def read_conditions(args):
     """The Conditions of the command line, one for each game. Raises InputError."""
-    asked, wording = "--game", args.prompt
-    try:
+    with about("--game"):
         games = envs.parse_games(args.game)
         if "random" in games:
-            raise ValueError("random games are for training: name games, or eight numbers")
-        asked = "--actions"
+            raise InputError("random games are for training: name games, or eight numbers")
+    with about("--actions"):
         names = tuple(envs.action_names(args.actions))
-        asked = "--prompt"
-        if wording not in envs.TEMPLATES:  # the same text, whatever an editor puts around it
-            wording = Path(wording).read_text(encoding="utf-8-sig").rstrip("\n")
-            envs.check_template(wording)
-    except (OSError, ValueError) as error:
-        raise InputError(asked, error) from None
+    with about("--prompt"):
+        wording = envs.read_wording(args.prompt)
     return [envs.Condition(game, names, args.layout, wording, args.persona) for game in games]
 
 
 class Players:
-    """The base model of run folders, as the agent of any of them. Raises InputError at odd ones."""
+    """The base model of run folders, as the agent of any of them.
+
+    Raises InputError if a folder is no finished run, or if they do not share one base model.
+    """
 
     def __init__(self, folders):
-        self.configs = {run: runs.read_config(run, "RUN") for run in folders}
-        first, *_ = self.configs.values()
-        runs.require_same("RUN", self.configs.values(), "model", "dtype", "base")
+        self.configs = {}
+        with about("RUN"):
+            for run in folders:
+                self.configs[run] = runs.read_config(run)
+            runs.require_same(self.configs.values(), "model", "dtype", "base")
         from lora import base_fingerprint
         from policy import Policy, load_model
 
-        try:
+        first = self.configs[folders[0]]
+        with about("RUN"):
             self.model, self.tokenizer = load_model(first["model"], dtype=first["dtype"])
-            runs.require_same("RUN", [first, {"base": base_fingerprint(self.model)}], "base")
-            # Both share one adapter, that of the run which plays.
-            base = self.model, self.tokenizer, "agent"
-            self.policies = {"constrained": Policy(*base), "free": Policy(*base, free=True)}
+            runs.require_same([first, {"base": base_fingerprint(self.model)}], "base")
+            # Both use the adapter "agent", into which the run that plays is loaded.
+            self.policies = {
+                "constrained": Policy(self.model, self.tokenizer, "agent"),
+                "free": Policy(self.model, self.tokenizer, "agent", free=True),
+            }
             for run in folders:  # what is wrong with one of them is known before the work
                 self.policies["free"].load(run)
-        except ValueError as error:
-            raise InputError("RUN", error) from error
-        self.default, self.loaded = first["sampling"], folders[-1]
+        self.loaded = folders[-1]
+        self.default_sampling = first["sampling"]
+        self.known = {}  # (run, condition, side, sampling) -> player
 
     def policy(self, run, sampling=None):
         """The Policy of a run, its adapter loaded (None: untuned); sampling: by default its own."""
-        if run not in (None, self.loaded):
+        if run is not None and run != self.loaded:
             self.policies["free"].load(run)
             self.loaded = run
-        return self.policies[sampling or (self.configs[run]["sampling"] if run else self.default)]
+        if sampling is None:
+            sampling = self.configs[run]["sampling"] if run else self.default_sampling
+        return self.policies[sampling]
 
-    def trie(self, condition, second=False):
-        """The packed prompts of a Condition. Raises InputError where the model cannot read them."""
-        try:
-            texts = envs.build_prompts(condition, second)
-            trie = self.policies["free"].trie(texts, condition.names)
+    def trie(self, condition, side=0):
+        """The packed prompts of a Condition. Raises InputError if the model cannot read them."""
+        with about("--actions, --prompt"):
+            texts = envs.build_prompts(condition, side)
+            trie = self.policies["free"].trie(texts, condition.actions)
             trie.inputs(self.model)
-        except ValueError as error:
-            raise InputError("--actions, --prompt", error) from None
         return trie
 
-    @cache  # noqa: B019 - all runs meet all conditions, some more than once
-    def player(self, run, condition, second=False, sampling=None):
+    def player(self, run, condition, side=0, sampling=None):
         """The agent of a run (None: the untuned model) as a player [state, order, outcome]."""
-        policy, trie = self.policy(run, sampling), self.trie(condition, second)
-        if run is None:
-            return as_player(policy.reference(trie).exp().numpy())
-        return as_player(policy.probabilities(trie))
+        key = (run, condition, side, sampling)
+        if key not in self.known:
+            policy = self.policy(run, sampling)
+            trie = self.trie(condition, side)
+            if run is None:
+                table = policy.reference(trie).exp().numpy()
+            else:
+                table = policy.probabilities(trie)
+            self.known[key] = as_player(table)
+        return self.known[key]
 
-    def second(self, run):
-        """Whether a run's agent learned on the other side of the game."""
-        return run is not None and self.configs[run].get("side") == "opponent"
+    def side(self, run):
+        """The side of the game on which a run's agent has learned: 0 the player, 1 its opponent."""
+        if run is None:
+            return 0
+        return 1 if self.configs[run].get("side") == "opponent" else 0
 
 
 def prepare(args, others=(), one=False):
@@ -196,198 +235,144 @@ def prepare(args, others=(), one=False):
 
     one: of a single game
     """
-    asked = conditions(args)
-    if one and len(asked) > 1:
-        raise InputError("--game", "one at a time")
+    conditions = read_conditions(args)
+    if one and len(conditions) > 1:
+        raise InputError("one at a time", "--game")
     if args.json:
-        runs.check_free("--json", args.json, args.overwrite)
+        with about("--json"):
+            runs.check_free(args.json, args.overwrite)
     players = Players([*args.runs, *others])
     if not args.sampling:
-        runs.require_same("--sampling", [players.configs[run] for run in args.runs], "sampling")
-    return asked, players
+        with about("--sampling"):
+            runs.require_same([players.configs[run] for run in args.runs], "sampling")
+    return conditions, players
 
 
-def list_tests(args, asked, players):
+def list_tests(args, conditions, players):
     """Where every agent is tested: a list of (path in its results, Condition).
 
     Names that an agent does not know in both roles are tested in both. What the model cannot read
     is left out of --axes, with a line that says so.
     """
-    known = [set(envs.action_names(players.configs[run]["actions"])) for run in args.runs]
-    new = any(len(names) == 2 or not {*args.actions} <= names for names in known)
+    in_both_roles = all(knows_both_roles(players.configs[run], args.actions) for run in args.runs)
     tests = []
-    for condition in asked:
+    for condition in conditions:
         game = envs.game_name(condition.game)
         tests.append((("games", game), condition))
-        if new:
-            tests.append((("swapped", game), condition._replace(names=condition.names[::-1])))
-    for axis, values in AXES.items() if args.axes else ():
+        if not in_both_roles:
+            swapped = condition._replace(actions=condition.actions[::-1])
+            tests.append((("swapped", game), swapped))
+    if not args.axes:
+        return tests
+    for axis, values in AXES.items():
         for value in values:
-            field = {"actions": "names", "prompt": "wording"}.get(axis, axis)
-            chosen = tuple(value.split()) if axis == "actions" else value
-            varied = tests[0][1]._replace(**{field: chosen})
+            varied = conditions[0]._replace(**{axis: value})
+            name = " ".join(value) if axis == "actions" else value
             try:
                 players.trie(varied)
-            except ValueError as error:
-                print(f"warning: --axes: {axis} {value} left out: {error}", file=sys.stderr)
+            except InputError as error:
+                print(f"warning: --axes: {axis} {name} left out: {error}", file=sys.stderr)
             else:
-                tests.append((("axes", axis, value), varied))
+                tests.append((("axes", axis, name), varied))
     return tests
 
 
+def knows_both_roles(config, names):
+    """Whether a run was trained with these names, either of them for C."""
+    known = envs.action_names(config["actions"])
+    return len(known) > 2 and {*names} <= {*known}
+
+
 def evaluate(args):
-    """What --json holds, see the module docstring. Raises InputError."""
-    try:
-        who = envs.parse_opponent(args.opponent)
-        if who == "learner":
-            raise ValueError("learner is for training: name its run folder, RUN/opponent")
-    except ValueError as error:
-        raise InputError("--opponent", error) from None
-    others = [who] if isinstance(who, Path) else []
-    for run in others:
-        runs.read_config(run, "--opponent")
+    """What --json holds, a dict: see the module docstring. args: as `parse` returns them.
+
+    Raises InputError.
+    """
+    with about("--opponent"):
+        opponent = envs.parse_opponent(args.opponent)
+        if opponent.learns:
+            raise InputError("learner is for training: name its run folder, RUN/opponent")
+        if opponent.run:
+            runs.read_config(opponent.run)
     if len({run.resolve() for run in args.runs}) < len(args.runs):
-        raise InputError("RUN", "a run is given twice: it would count as two seeds")
-    asked, players = prepare(args, others)
+        raise InputError("a run is given twice: it would count as two seeds", "RUN")
+    conditions, players = prepare(args, [opponent.run] if opponent.run else [])
     configs = [players.configs[run] for run in args.runs]
-    runs.require_same("RUN", configs, "xi", "illegal")
-    xi, illegal = configs[0]["xi"], configs[0]["illegal"]
-    tests = list_tests(args, asked, players)
-    bar = tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None)
-
-    def agent(run):
-        result, second = {}, players.second(run)
-        for path, condition in tests:
-            payoffs = envs.payoff_matrix(condition.game)
-            payoffs = envs.other_side(payoffs) if second else payoffs
-            player = players.player(run, condition, second, args.sampling)
-            if others:
-                other, opening = players.player(who, condition, not second), 0.5
-            else:
-                other, opening = envs.memory_one(who), envs.opening(who)
-            place, (*outer, last) = result, path
-            for key in outer:
-                place = place.setdefault(key, {})
-            place[last] = measure(player, payoffs, other, opening, args.rounds, xi, illegal)
-            bar.update()
-        return result
-
-    results = {key: getattr(args, key) for key in ASKED} | {"xi": xi, "illegal": illegal}
+    with about("RUN"):
+        runs.require_same(configs, "xi", "illegal")  # one table: one scale
+    tests = list_tests(args, conditions, players)
+    results = {key: getattr(args, key) for key in ASKED}
+    results["xi"] = configs[0]["xi"]
+    results["illegal"] = configs[0]["illegal"]
     results["sampling"] = args.sampling or configs[0]["sampling"]
-    results["baseline"], results["runs"] = agent(None), []
-    for run, config in zip(args.runs, configs):
-        own = {"run": str(run)} | {key: config[key] for key in SHOWN}
-        results["runs"].append(own | agent(run))
-    bar.close()
+
+    with tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None) as bar:
+        # The untuned model has no settings of its own.
+        results["baseline"] = test_agent(None, configs[0], args, opponent, tests, players, bar)
+        results["runs"] = []
+        for run, config in zip(args.runs, configs):
+            shown = {"run": str(run), **{key: config[key] for key in SHOWN}}
+            measures = test_agent(run, config, args, opponent, tests, players, bar)
+            results["runs"].append({**shown, **measures})
     results["groups"] = group_by_seed(results["baseline"], results["runs"], configs)
     return results
 
 
-def mean_and_interval(values):
-    """Leaf by leaf over equally nested dicts: {"mean", "ci95", "paper95"}, None where a leaf is.
-
-    ci95 = t s / sqrt(n), Student's t for n - 1 degrees of freedom; paper95 = 1.96 s / sqrt(n), too
-    narrow for a few seeds (paper, section 5). Both are None for a single run.
-    """
-    if isinstance(values[0], dict):
-        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
-    n, mean = len(values), None if None in values else float(np.mean(values))
-    if mean is None or n == 1:
-        return {"mean": mean, "ci95": None, "paper95": None}
-    error = float(np.std(values, ddof=1) / math.sqrt(n))
-    # Beyond the table: two terms of Fisher's expansion, right to 0.003.
-    t = STUDENT[n - 2] if n < 12 else 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2
-    return {"mean": mean, "ci95": t * error, "paper95": 1.96 * error}
-
-
-def group_by_seed(baseline, agents, configs):
-    """The untuned model, then agents by groups of seeds: {label, name, reward, n, runs, means}."""
-    ignored = {"seed", "device", "save_every", "versions", "checkpointing"}
-    members = {}  # settings as JSON -> indices of the runs that have them
-    for i, config in enumerate(configs):
-        kept = {key: value for key, value in config.items() if key not in ignored}
-        members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
-    settings = [json.loads(key) for key in members]
-    groups = []
-    for own, indices in zip([None, *settings], [[], *members.values()]):
-        title, reward = (label(own, settings), own["reward"][-1]) if own else ("untuned", "untuned")
-        name = f"{title} (n={len(indices)})" if len(indices) > 1 else title
-        chosen = [agents[i] for i in indices] or [baseline]
-        seeds = [configs[i]["seed"] for i in indices]
-        if len(set(seeds)) < len(seeds):
-            raise InputError("RUN", f"of {title} a seed comes twice: {' '.join(map(str, seeds))}")
-        group = {"label": title, "name": name, "reward": reward, "n": len(chosen), "runs": indices}
-        for part in baseline:
-            group[part] = mean_and_interval([agent[part] for agent in chosen])
-        groups.append(group)
-    return groups
+def test_agent(run, settings, args, opponent, tests, players, bar):
+    """What `measure` returns of the agent of a run (None: untuned) in each test: nested dicts."""
+    side = players.side(run)
+    result = {}
+    for path, condition in tests:
+        other = opponent.player(condition) if opponent.strategy else None
+        if opponent.run:
+            other = players.player(opponent.run, condition, 1 - side)
+        measures = measure(
+            player=players.player(run, condition, side, args.sampling),
+            payoffs=envs.payoff_matrix(condition.game, side),
+            opponent=other,
+            opponent_opening=opponent.opening,
+            rounds=args.rounds,
+            settings=settings,
+        )
+        place = result
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = measures
+        bar.update()
+    return result
 
 
-def label(own, settings):
-    """A group in words: its rewards, and what differs between it and the other `settings`."""
-    title, others = " then ".join(own["reward"]), []
-    for key in dict.fromkeys(key for other in settings for key in other):
-        values = {json.dumps(other.get(key)) for other in settings}
-        if len(values) == 1 or key == "reward" or own.get(key) is None:
-            continue
-        if key == "opponent":
-            title += f" vs {in_brief(own[key])}"
-        else:
-            others.append(f"{key} {in_brief(own[key])}")
-    return ", ".join([title, *others])
-
-
-def in_brief(value):
-    """A setting in words: of a list the first eight if there are more."""
-    words = list(map(str, value)) if isinstance(value, list) else [str(value)]
-    return " ".join(words[:8] + ["..."] * (len(words) > 8))
-
-
-def show(leaf, digits=3):
-    """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
-    if leaf["mean"] is None:
-        return "-"
-    shown = f"{round(leaf['mean'], digits) + 0.0:.{digits}f}"  # no -0.000
-    return shown if leaf["ci95"] is None else f"{shown}±{leaf['ci95']:.{digits}f}"
-
-
-def print_line(label, width, measures):
+def print_line(title, width, measures):
     """Policy, share of illegal answers, points and both regrets of a group."""
     illegal = sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
     leaves = [measures["policy"][state] for state in STATES]
-    leaves += [{"mean": illegal, "ci95": None}, measures["reward"]["game"]]
-    leaves += [measures["regret"]["deontological"], measures["regret"]["utilitarian"]]
-    print(f"{label:{width}}" + "".join(f"{show(leaf):>14}" for leaf in leaves))
+    leaves.append({"mean": illegal, "ci95": None})
+    leaves.append(measures["reward"]["game"])
+    leaves.append(measures["regret"]["deontological"])
+    leaves.append(measures["regret"]["utilitarian"])
+    print(f"{title:{width}}" + "".join(f"{show(leaf):>14}" for leaf in leaves))
 
 
 def print_results(results):
     """Print what `evaluate` returns."""
-    groups, names = results["groups"], results["actions"]
+    groups = results["groups"]
     games = results["baseline"]["games"]
-    print(f"Against {' '.join(results['opponent'])}, actions {' '.join(names)}, exact; ", end="")
-    print(", ".join(f"{key} {results[key]}" for key in HEAD))
-    if any(group["n"] > 1 for group in groups):
-        print("±: 95 % over seeds (Student's t), conditional on the one base model.")
-    for key, asked in (("actions", names), ("layout", []), ("prompt", [])):
-        others, asked = set(), {*asked} or {results[key]}
-        for run in results["runs"]:
-            if not asked <= {*(envs.NAMES if run[key] == ["random"] else run[key])}:
-                others.add(in_brief(run[key]))
-        if others:
-            print(f"In training --{key} was {', '.join(sorted(others))}.")
+    print_head(results)
     width = max(map(len, [*games, *(group["name"] for group in groups)]))
-    titles = [*(f"P(C|{state})" for state in STATES), "illegal", "points"]
-    head = "".join(f"{title:>14}" for title in [*titles, "deont. regret", "util. regret"])
+    titles = [f"P(C|{state})" for state in STATES]
+    titles += ["illegal", "points", "deont. regret", "util. regret"]
+    head = "".join(f"{title:>14}" for title in titles)
     for game in games:
         print(f"\n{game:{width}}{head}")
         for group in groups:
             print_line(group["name"], width, group["games"][game])
         if "swapped" in groups[0]:
-            print(f"with the names in each other's role, {' '.join(names[::-1])}")
+            swapped = " ".join(results["actions"][::-1])
+            print(f"with the names in each other's role, {swapped}")
             for group in groups:
                 print_line(group["name"], width, group["swapped"][game])
     for group in groups[1:]:
-        print_roles(group, names)
+        print_roles(group, results["actions"])
     for group in groups:
         if "axes" in group:
             print(f"\n{group['name']}, one thing varied at a time, {next(iter(games))}")
@@ -397,43 +382,66 @@ def print_results(results):
                 print_line(f"  {axis} {value}", 26, measures)
 
 
+def print_head(results):
+    """Print what was asked, and what of it training did not show."""
+    asked = []
+    for key in ("layout", "prompt", "persona", "rounds", "sampling", "xi", "illegal"):
+        asked.append(f"{key} {results[key]}")
+    opponent = " ".join(results["opponent"])
+    names = " ".join(results["actions"])
+    print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")
+    if any(group["n"] > 1 for group in results["groups"]):
+        print("±: 95 % over seeds (Student's t), conditional on the one base model.")
+    tested = {
+        "actions": set(results["actions"]),
+        "layout": {results["layout"]},
+        "prompt": {results["prompt"]},
+    }
+    for key, values in tested.items():
+        others = set()
+        for run in results["runs"]:
+            trained = envs.NAMES if run[key] == ["random"] else run[key]
+            if not values <= {*trained}:
+                others.add(in_brief(run[key]))
+        if others:
+            print(f"In training --{key} was {', '.join(sorted(others))}.")
+
+
 def print_roles(group, names):
     """Warn of an agent whose policy depends on which name stands for which action."""
-
-    def cooperation(measures):  # of legal answers, a mean over the states
-        illegal, p = ([measures[key][s]["mean"] for s in STATES] for key in ("illegal", "policy"))
-        return np.mean(np.array(p) / (1 - np.array(illegal) + 1e-9))
-
-    for sign, word in zip((1, -1), names):
-        changes = {}
-        for game, swapped in group.get("swapped", {}).items():
-            changes[game] = sign * (cooperation(group["games"][game]) - cooperation(swapped))
-        leaning = [game for game, change in changes.items() if change > ROLES_DIFFER]
+    changes = {}  # of P(C) in favour of the first name, when the names change places
+    for game, swapped in group.get("swapped", {}).items():
+        changes[game] = legal_cooperation(group["games"][game]) - legal_cooperation(swapped)
+    for name, sign in ((names[0], 1), (names[1], -1)):
+        leaning = [game for game, change in changes.items() if sign * change > ROLES_DIFFER]
         if leaning:
+            most = max(sign * changes[game] for game in leaning)
             print(
                 f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers "
-                f"changes by up to {max(changes.values()):.2f} ({', '.join(leaning)}): it leans to "
-                f"the word {word}, whatever that stands for"
+                f"changes by up to {most:.2f} ({', '.join(leaning)}): it leans to "
+                f"the word {name}, whatever that stands for"
             )
+
+
+def legal_cooperation(measures):
+    """P(C) of legal answers, a mean over the states."""
+    ratios = []
+    for state in STATES:
+        legal = 1 - measures["illegal"][state]["mean"]
+        ratios.append(measures["policy"][state]["mean"] / (legal + 1e-9))
+    return np.mean(ratios)
 
 
 def main(argv=None):
     try:
-        parser = evaluate_parser(__doc__)
-        help = "vary names, layout, wording and persona, one at a time, on the first --game"
-        parser.option("--opponent", envs.opponent_words(), default=["random"], nargs="+")
-        parser.option("--rounds", "per episode", type=runs.number(int, 1, 10**6), default=5)
-        parser.option("--axes", help, action="store_true")
-        args = parser.parse_args(argv)
+        args = parse(argv)
         results = evaluate(args)
         if args.json:
-            runs.write_json(args.json, results)
+            with about("--json"):
+                runs.write_json(args.json, results)
         print_results(results)
-        sys.stdout.flush()
-    except BrokenPipeError:  # ... | head: what Python itself flushes must go somewhere, too
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     except InputError as error:
-        runs.stop(error)
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -13,31 +13,36 @@ import math
 
 import torch
 
+from errors import InputError
 from lora import adapter
 
-# The paper's values, but for the last two.
+# The paper's values.
 CLIP = 0.2  # of the ratio and of the value
 VF_COEF = 0.1  # weight of the value loss
 GAE_LAMBDA = 0.95  # Schulman et al. (2016)
 KL_HORIZON = 10_000  # samples over which the KL coefficient adapts
 RATIO_THRESHOLD = 10  # a mean ratio above it ends the update
+# Ours.
 ADAM_EPS = 1e-5  # as in CleanRL; with torch's 1e-8 a rare gradient becomes a large step
 MAX_SKIPPED = 10  # so many updates in a row with a number that is not finite end the run
 
 
 class RunningMoments:
-    """Mean and deviation of all numbers seen so far."""
+    """Mean and standard deviation of all numbers seen so far."""
 
     def __init__(self):
-        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self.count = 0
+        self.total = 0.0
+        self.squares = 0.0
 
     def normalise(self, x):
-        """Take the numbers x in, and give them by the mean and the deviation of all so far."""
+        """Add x to the statistics; return it scaled by the mean and deviation of all so far."""
         self.count += x.numel()
         self.total += x.sum().item()
         self.squares += (x**2).sum().item()
         mean = self.total / self.count
-        return (x - mean) / (max(self.squares / self.count - mean**2, 0) ** 0.5 + 1e-8)
+        variance = max(self.squares / self.count - mean**2, 0)
+        return (x - mean) / (variance**0.5 + 1e-8)
 
 
 def adapt_kl_coef(coef, kl, target, samples):
@@ -60,7 +65,8 @@ def gae(rewards, values, gamma):
     """
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * following - values
-    advantages, running = torch.zeros_like(deltas), 0.0
+    advantages = torch.zeros_like(deltas)
+    running = 0.0
     for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + gamma * GAE_LAMBDA * running
         advantages[:, t] = running
@@ -76,23 +82,37 @@ class Learner:
     The defaults are the paper's.
     """
 
-    def __init__(self, policy, lr=1.41e-5, epochs=4, kl_coef=0.2, kl_target=6.0, gamma=0.0):
-        self.policy, self.parameters = policy, policy.parameters()
-        self.epochs, self.gamma, self.kl_coef, self.kl_target = epochs, gamma, kl_coef, kl_target
+    def __init__(self, policy, *, lr=1.41e-5, epochs=4, kl_coef=0.2, kl_target=6.0, gamma=0.0):
+        self.policy = policy
+        self.parameters = policy.parameters()
+        self.epochs = epochs
+        self.kl_coef = kl_coef
+        self.kl_target = kl_target
+        self.gamma = gamma
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=ADAM_EPS, fused=True)
         self.moments = RunningMoments()
-        self.skipped = self.skipped_in_a_row = 0  # updates with a number that is not finite
+        self.skipped = 0  # updates with a number that is not finite
+        self.skipped_in_a_row = 0
+
+    def set_lr(self, lr):
+        """Change Adam's learning rate."""
+        self.optimizer.param_groups[0]["lr"] = lr
 
     def update(self, trie, table, prompt, action, reward):
         """One PPO update (Schulman et al., 2017). Returns the dict of `report`.
 
-        trie, table: what the old policy read, and (log-probabilities, values), what it said; if
-                     they carry their graph the first epoch needs no pass of its own
+        trie:   what the old policy read
+        table:  (log-probabilities [P, K], values [P]), what it answered; if they carry their graph
+                the first epoch needs no pass of its own
         prompt, action, reward: what was played, arrays [episode, round]; reward in points
         """
-        prompt, action, reward = map(torch.from_numpy, (prompt, action, reward.astype(float)))
-        old_log_probs, old_values = (x.detach() for x in table)
-        old_log_prob, old_value = old_log_probs[prompt, action], old_values[prompt]
+        prompt = torch.from_numpy(prompt)
+        action = torch.from_numpy(action)
+        reward = torch.from_numpy(reward.astype(float))
+        old_log_probs = table[0].detach()
+        old_values = table[1].detach()
+        old_log_prob = old_log_probs[prompt, action]
+        old_value = old_values[prompt]
 
         # Reward: scaled by the mean and standard deviation of all so far, earlier phases included.
         scaled = self.moments.normalise(reward)
@@ -101,11 +121,12 @@ class Learner:
         kl_sample = old_log_prob - self.policy.reference(trie)[prompt, action]
         penalised = scaled - self.kl_coef * kl_sample
 
-        # Advantage, whitened: the return above the value, which in turn learns the return.
+        # Advantage: how much better the return was than predicted. The value learns the return. The
+        # policy learns from the advantage whitened; from here on all is float32, as the table is.
         advantage = gae(penalised, old_value, self.gamma)
-        target = advantage + old_value
-        advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
-        advantage, target = advantage.float(), target.float()  # as the table is
+        target = (advantage + old_value).float()
+        whitened = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
+        whitened = whitened.float()
 
         for epoch in range(self.epochs):
             if epoch > 0 or not table[0].requires_grad:
@@ -115,13 +136,14 @@ class Learner:
             # Policy loss (Schulman, eq. 7): beyond the clip there is no reason to move further. In
             # the first epoch the ratio is 1, so the clip acts from the second one on.
             ratio = torch.exp(log_probs[prompt, action] - old_log_prob)
-            clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-            policy_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+            clipped_ratio = ratio.clamp(1 - CLIP, 1 + CLIP)
+            policy_loss = torch.max(-whitened * ratio, -whitened * clipped_ratio).mean()
 
             # Value loss (Schulman, eq. 9), clipped around the old value, as in TRL.
             value = values[prompt]
-            near = value.clamp(old_value - CLIP, old_value + CLIP)
-            value_loss = 0.5 * torch.max((value - target) ** 2, (near - target) ** 2).mean()
+            clipped_value = value.clamp(old_value - CLIP, old_value + CLIP)
+            error = torch.max((value - target) ** 2, (clipped_value - target) ** 2)
+            value_loss = 0.5 * error.mean()
 
             # Gradient, with the adapter active: checkpointed layers run again in the backward pass.
             self.optimizer.zero_grad()
@@ -129,37 +151,34 @@ class Learner:
                 (policy_loss + VF_COEF * value_loss).backward()
             norm = self.policy.sum_gradients()
 
-            # Step: not with numbers that are not finite, nor far from where the rounds were played.
+            # Step: not with numbers that are not finite, nor when the policy has moved too far from
+            # the one that played.
             finite = math.isfinite(policy_loss.item() + value_loss.item() + norm)
             if not finite or ratio.mean() > RATIO_THRESHOLD:
                 break
             self.optimizer.step()
 
         # Report, and adapt beta to the KL that was sampled.
-        explained = 1 - (target - old_value).var() / target.var()
-        losses = policy_loss, value_loss, explained
-        stats = self.report(trie, old_log_probs.double(), prompt, ratio.detach(), *losses)
-        return stats | self.adapt(kl_sample, finite)
+        stats = self.report(trie, old_log_probs.double(), prompt)
+        stats["policy_loss"] = policy_loss.item()
+        stats["value_loss"] = value_loss.item()
+        stats["ratio"] = ratio.mean().item()
+        stats["clipped"] = ((ratio - 1).abs() > CLIP).double().mean().item()
+        stats["explained_variance"] = (1 - (target - old_value).var() / target.var()).item()
+        self.adapt(kl_sample, finite)
+        stats["skipped"] = self.skipped
+        return stats
 
-    def adapt(self, kl_sample, finite):
-        """Adapt beta, count what is skipped. Raises FloatingPointError at MAX_SKIPPED in a row."""
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise FloatingPointError(f"{MAX_SKIPPED} updates in a row were not finite")
-        if finite and self.kl_target:
-            mean, samples = kl_sample.mean().item(), kl_sample.numel()
-            self.kl_coef = adapt_kl_coef(self.kl_coef, mean, self.kl_target, samples)
-        return {"skipped": self.skipped}
+    def report(self, trie, log_probs, prompt):
+        """What is logged of an update: dict of floats. `update` adds the last six.
 
-    def report(self, trie, log_probs, prompt, ratio, policy_loss, value_loss, explained):
-        """What is logged of an update: dict of floats.
-
-        kl:      of the table, exact, in nats, mean over the rounds played;  kl_coef: the one used
+        kl:      of the table, exact, in nats, mean over the rounds played
         entropy: of the table, in nats, mean over the rounds played
+        kl_coef: the one that was used
         policy_loss, value_loss, ratio: means of the last epoch
         clipped: share of its ratios that the clip changes
         explained_variance: how much of the targets the old values knew (1: all)
+        skipped: updates so far that were left out, for a number that is not finite
         """
         exact_kl = (log_probs.exp() * (log_probs - self.policy.reference(trie))).sum(dim=1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
@@ -167,31 +186,54 @@ class Learner:
             "kl": exact_kl[prompt].mean().item(),
             "entropy": entropy[prompt].mean().item(),
             "kl_coef": self.kl_coef,
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "ratio": ratio.mean().item(),
-            "clipped": ((ratio - 1).abs() > CLIP).double().mean().item(),
-            "explained_variance": explained.item(),
         }
 
+    def adapt(self, kl_sample, finite):
+        """Adapt beta, count what is skipped. Raises InputError at MAX_SKIPPED in a row."""
+        if not finite:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise InputError(f"{MAX_SKIPPED} updates in a row were not finite: try a lower one")
+            return
+        self.skipped_in_a_row = 0
+        if self.kl_target:
+            kl = kl_sample.mean().item()
+            samples = kl_sample.numel()
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.kl_target, samples)
+
     def state(self):
-        """What changes in training, by the policy's name: arrays, and numbers that JSON keeps."""
-        arrays, name = {}, self.policy.name
+        """What changes in training: (tensors by name, numpy arrays; numbers by name, for JSON).
+
+        The names start with the policy's, so that two learners go into one file.
+        """
+        arrays = {}
         for i, parameter in enumerate(self.parameters):
             changing = {"parameter": parameter.detach(), **self.optimizer.state[parameter]}
-            arrays |= {f"{name}.{i}.{key}": value.cpu().numpy() for key, value in changing.items()}
-        skipped = self.skipped, self.skipped_in_a_row
-        return arrays, {name: [self.kl_coef, vars(self.moments), skipped]}
+            for key, value in changing.items():
+                arrays[f"{self.policy.name}.{i}.{key}"] = value.cpu().numpy()
+        numbers = {
+            "kl_coef": self.kl_coef,
+            "moments": dict(vars(self.moments)),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        return arrays, {self.policy.name: numbers}
 
     def load_state(self, arrays, numbers):
-        """Continue from `state()`. Raises KeyError or ValueError where it is of another policy."""
+        """Continue from what `state` has returned. Raises InputError if it is another policy's."""
         for i, parameter in enumerate(self.parameters):
-            mark = f"{self.policy.name}.{i}."
-            own = {key.removeprefix(mark): arrays[key] for key in arrays if key.startswith(mark)}
-            saved = {key: torch.tensor(own[key], device=parameter.device) for key in own}
-            if saved["parameter"].shape != parameter.shape:
-                raise ValueError(f"{mark}parameter has another shape than {[*parameter.shape]}")
+            start = f"{self.policy.name}.{i}."
+            saved = {}
+            for key, array in arrays.items():
+                if key.startswith(start):
+                    saved[key.removeprefix(start)] = torch.tensor(array, device=parameter.device)
+            if "parameter" not in saved or saved["parameter"].shape != parameter.shape:
+                raise InputError(f"{start}parameter has not the shape {[*parameter.shape]}")
             parameter.data.copy_(saved.pop("parameter"))
             self.optimizer.state[parameter] = saved
-        self.kl_coef, moments, (self.skipped, self.skipped_in_a_row) = numbers[self.policy.name]
-        vars(self.moments).update(moments)
+        own_numbers = numbers[self.policy.name]
+        self.kl_coef = own_numbers["kl_coef"]
+        vars(self.moments).update(own_numbers["moments"])
+        self.skipped = own_numbers["skipped"]
+        self.skipped_in_a_row = own_numbers["skipped_in_a_row"]

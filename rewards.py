@@ -1,52 +1,54 @@
 """The moral rewards and moral regrets as array formulas.  [numpy only]
 
 A reward is a function of one round, written with arrays that broadcast to
-[last own 2, last other 2, own move 2, other's move 2]:
+[state 4, own move 2, other's move 2]:
 
-    own, other      [2, 2]         points of the player and of its opponent in this round
-    move            [1, 1, 2, 1]   the player's move (C = 0, D = 1)
-    opponent_last   [1, 2, 1, 1]   the opponent's move in the round before
-    xi              number         penalty for betraying a cooperator, in points
+    own, other      [2, 2]      points of the player and of its opponent in this round
+    move            [2, 1]      the player's move (C = 0, D = 1)
+    opponent_last   [4, 1, 1]   the opponent's move in the round before
+    settings        dict        of the run: settings["xi"] is the penalty for betraying a
+                                cooperator, in points; any option of train.py can stand here
 
-To add a reward, write one such function and name it in REWARDS.
+To add a reward, write one such function and name it in REWARDS. A parameter of its own is one more
+option of train.py: training and evaluation both pass the settings of the run.
 """
 
 import math
 
 import numpy as np
 
-from envs import ILLEGAL, C, D
+from envs import ILLEGAL, OTHER, C, D
 
 
-def game(own, other, move, opponent_last, xi):
+def game(own, other, move, opponent_last, settings):
     """Selfish: R = own points."""
     return own
 
 
-def deontological(own, other, move, opponent_last, xi):
+def deontological(own, other, move, opponent_last, settings):
     """Never betray a cooperator: R = -xi if D is played after the opponent's C, else 0."""
-    return -xi * ((move == D) & (opponent_last == C))
+    return -settings["xi"] * ((move == D) & (opponent_last == C))
 
 
-def utilitarian(own, other, move, opponent_last, xi):
+def utilitarian(own, other, move, opponent_last, settings):
     """The greatest total: R = own points + opponent's points."""
     return own + other
 
 
-def game_deontological(own, other, move, opponent_last, xi):
+def game_deontological(own, other, move, opponent_last, settings):
     """Selfish within the norm: R = own points - xi [D is played after the opponent's C]."""
-    return own + deontological(own, other, move, opponent_last, xi)
+    return own + deontological(own, other, move, opponent_last, settings)
 
 
-def equality(own, other, move, opponent_last, xi):
+def equality(own, other, move, opponent_last, settings):
     """Fair shares: R = 1 - |own points - other's| / (|own points| + |other's|); 0 each: 1."""
     total = np.abs(own) + np.abs(other)
     return 1 - np.abs(own - other) / np.where(total == 0, 1, total)
 
 
-def kindness(own, other, move, opponent_last, xi):
+def kindness(own, other, move, opponent_last, settings):
     """Cooperate, whatever it earns: R = xi if C is played, else 0."""
-    return xi * (move == C)
+    return settings["xi"] * (move == C)
 
 
 REWARDS = {
@@ -61,24 +63,43 @@ REWARDS = {
 }
 
 
-def reward_array(reward, payoffs, xi=3.0, illegal=-6.0):
+def reward_array(reward, payoffs, settings):
     """All that a reward can be, in points: float [state 4, action 3, opponent's move 2].
 
-    reward:  a key of REWARDS
-    payoffs: [own move, other's move, (own, other's)]
-    illegal: reward of an illegal answer, action 2
+    reward:   a key of REWARDS
+    payoffs:  [own move, other's move, (own, other's)]
+    settings: of the run; settings["illegal"] is the reward of an illegal answer, action 2
 
     The reward of played rounds is one look-up, `array[mine.state, mine.action, theirs.move]`.
+    Raises ValueError if the formula's result does not have the axes of a reward.
     """
-    _, opponent_last, move, _ = np.ogrid[:2, :2, :2, :2]
-    own, other = payoffs[..., 0], payoffs[..., 1]
-    legal = REWARDS[reward](own, other, move, opponent_last, xi)
-    array = np.full((4, 3, 2), float(illegal))
-    array[:, :ILLEGAL] = np.broadcast_to(legal, (2, 2, 2, 2)).reshape(4, 2, 2)
+    own = payoffs[..., 0]
+    other = payoffs[..., 1]
+    move = np.array([[C], [D]])
+    opponent_last = OTHER[:, None, None]
+    legal = np.asarray(REWARDS[reward](own, other, move, opponent_last, settings))
+    check_reward(reward, legal)
+    array = np.full((4, 3, 2), float(settings["illegal"]))
+    array[:, :ILLEGAL] = legal
     return array
 
 
-def optimum(reward, payoffs, xi=3.0, replies=0.5):
+def check_reward(reward, legal):
+    """Raise ValueError unless a formula's result can be read as a reward in one way only.
+
+    One axis could mean own moves as well as the other's, so two at least are asked for, or none.
+    """
+    axes = "axes that broadcast to [state 4, own move 2, other's move 2]"
+    wanted = zip(legal.shape[::-1], (2, 2, 4))
+    fits = legal.ndim in (0, 2, 3) and all(n in (1, size) for n, size in wanted)
+    if not fits or legal.dtype.kind not in "biuf":
+        found = f"an array {list(legal.shape)} of {legal.dtype}"
+        raise ValueError(f"the reward {reward!r} returned {found}, not numbers with {axes}")
+    if not np.isfinite(legal).all():
+        raise ValueError(f"the reward {reward!r} returned numbers that are not finite: {legal}")
+
+
+def optimum(reward, payoffs, settings, replies=0.5):
     """The better action in each state: float [state], 1 for C, 0 for D, NaN where either will do.
 
     That is P(C | state) at the optimum where a round is its own sample (gamma = 0): the better
@@ -86,7 +107,7 @@ def optimum(reward, payoffs, xi=3.0, replies=0.5):
     replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`;
              1/2: they are unknown
     """
-    possible = reward_array(reward, payoffs, xi)[:, :ILLEGAL]
+    possible = reward_array(reward, payoffs, settings)[:, :ILLEGAL]
     expected = (possible * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)
     best = (expected[:, C] > expected[:, D]).astype(float)
     same = np.abs(expected[:, C] - expected[:, D]) <= 1e-9 * np.ptp(possible)
@@ -94,14 +115,14 @@ def optimum(reward, payoffs, xi=3.0, replies=0.5):
     return best
 
 
-def moral_accuracy(reward, player, payoffs, xi=3.0, replies=0.5):
+def moral_accuracy(reward, player, payoffs, settings, replies=0.5):
     """How often a player does what its reward asks for: the mean probability of the better action.
 
     player:  [state, order, outcome]; an illegal answer is never the better one
     replies: as in `optimum`
     The mean is over the states in which one action is better; NaN where there is none.
     """
-    best = optimum(reward, payoffs, xi, replies)
+    best = optimum(reward, payoffs, settings, replies)
     decided = np.flatnonzero(~np.isnan(best))
     if len(decided) == 0:
         return math.nan
@@ -117,27 +138,31 @@ def deontological_regret(mean_reward):
     return 0 - mean_reward  # and not -mean_reward: -0.0 is no regret
 
 
-def utilitarian_regret(mean_reward, payoffs, illegal=-6.0):
+def utilitarian_regret(mean_reward, payoffs, illegal):
     """Moral regret under the utilitarian reward, 0 to 1 (paper, section 5).
 
-    (max - mean) / (max - min); max is the game's largest total, min what is worst: `illegal`, or a
-    total that is even less. NaN where all are equal.
+    (max - mean) / (max - min): max is the game's largest total, min the smaller of its smallest
+    total and `illegal`, the reward of an illegal answer. NaN where all are equal.
     """
     totals = payoffs.sum(axis=-1)
-    best, worst = totals.max(), min(totals.min(), illegal)
-    return (best - mean_reward) / (best - worst) if best > worst else math.nan
+    best = totals.max()
+    worst = min(totals.min(), illegal)
+    if best == worst:
+        return math.nan
+    return (best - mean_reward) / (best - worst)
 
 
-def moral_regrets(state, action, move, payoffs, xi=3.0, illegal=-6.0):
+def moral_regrets(state, action, move, payoffs, settings):
     """Both moral regrets of played rounds, as they are logged: dict of floats.
 
     state, action, move: int arrays [episode, round]; the move is the opponent's
     """
-    means = []
+    means = {}
     for norm in ("deontological", "utilitarian"):
-        possible = reward_array(norm, payoffs, xi, illegal)
-        means.append(float(possible[state, action, move].mean()))
+        possible = reward_array(norm, payoffs, settings)
+        means[norm] = float(possible[state, action, move].mean())
+    utilitarian = utilitarian_regret(means["utilitarian"], payoffs, settings["illegal"])
     return {
-        "deontological regret": deontological_regret(means[0]),
-        "utilitarian regret": float(utilitarian_regret(means[1], payoffs, illegal)),
+        "deontological_regret": deontological_regret(means["deontological"]),
+        "utilitarian_regret": float(utilitarian),
     }

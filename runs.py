@@ -1,15 +1,16 @@
-"""Everything beside the method: bad input, the run folder, resume, signals, several processes.
+"""Everything that is not the method: command line, run folder, resume, seeds, several processes.
 
 A run folder holds
 
-    config.json         all settings and versions; the first file that is written
+    config.json         all settings and versions
     metrics.csv         a row per update
     state.safetensors   while training: all that --resume needs, its JSON in the file's metadata
     adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json, and for a
     learning opponent opponent/: when training has finished
 
-JSON files and the state are written beside and renamed, metrics.csv is cut to the state: a run
-without result.json can be resumed whatever the moment at which it was killed.
+The folder is begun when the first update has succeeded, and its state is saved at once: what fails
+before leaves nothing behind, and a run without result.json can be resumed. JSON files and the state
+are written to a second file that is then renamed, so a run may be killed at any moment.
 """
 
 import argparse
@@ -18,37 +19,35 @@ import io
 import json
 import math
 import os
-import signal
-import sys
 import tempfile
-import threading
 import time
-from contextlib import contextmanager, redirect_stdout, suppress
-from os.path import lexists
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 from safetensors import numpy as safetensors
 
+from errors import InputError
+
+# By default the threads of torch spin while they wait, which makes a run beside another one many
+# times slower. The library behind them reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 STATE = "state.safetensors"
 WRITTEN = (
-    "config.json metrics.csv state.safetensors adapter_model.safetensors adapter_config.json "
-    "value_head.safetensors result.json"
-).split()
+    "config.json",
+    "metrics.csv",
+    STATE,
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "value_head.safetensors",
+    "result.json",
+)
 
-
-class InputError(ValueError):
-    """What a user can correct: an option, and a reason; an InputError as one stays as it is."""
-
-    def __init__(self, option, reason):
-        text = " ".join(str(reason).split())[:500]
-        super().__init__(text if isinstance(reason, InputError) else f"{option}: {text}")
-
-
-def stop(error):
-    """End the program with one line on stderr and exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+# Settings in which runs of one group may differ.
+IGNORED = ("seed", "device", "save_every", "versions", "checkpointing")
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False):
@@ -65,211 +64,317 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
     return parse
 
 
+COUNT = number(int, 1, 10**9)
+POSITIVE = number(float, 0, above=True)
+NONNEGATIVE = number(float, 0)
+
+
 class Parser(argparse.ArgumentParser):
     """Its help is the script's docstring and shows the defaults; its errors are one line."""
 
     def __init__(self, description):
-        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its number
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
-        settings = {"usage": argparse.SUPPRESS, "allow_abbrev": False}
-        settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, **settings)
+        super().__init__(
+            description=description,
+            usage=argparse.SUPPRESS,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def option(self, flag, help, **kwargs):
         default = kwargs.get("default")
         if default is not None:
-            help += f" [{' '.join(default) if isinstance(default, list) else default}]"
+            help += f" [{in_words(default)}]"
         self.add_argument(flag, help=help, **kwargs)
 
 
-def replaceable(path):
-    """Whether a file may be written beside this path and renamed to it: over regular files only."""
-    places = [place for place in (path, Path(f"{path}.tmp")) if lexists(place)]
-    return all(place.is_file() and not place.is_symlink() for place in places)
-
-
-def check_free(option, path, overwrite):
-    """Raise InputError, before any work, where a file cannot or must not be written."""
-    if not replaceable(path):
-        raise InputError(option, f"{path} is no regular file: choose another place")
-    if path.exists() and not overwrite:
-        raise InputError(option, f"{path} exists: choose another place, or give --overwrite")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(option, f"{path} cannot be written: choose another place")
+def in_words(value):
+    """The value of an option as a command line has it: str."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @contextmanager
-def replacing(path):
-    """A path beside `path`, renamed to it at the end of the block: a whole file, or none."""
-    beside = Path(f"{path}.tmp")
-    if not replaceable(path):
-        raise OSError(f"{path} is no regular file")
-    yield beside
-    beside.replace(path)
+def writing(path):
+    """Raise InputError for an OSError of the block, in which `path` is written and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+
+
+def check_free(path, overwrite):
+    """Raise InputError, before any work, if a file must not be written or cannot be."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file: choose another place")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: choose another place, or give --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: choose another place")
+
+
+def replace(path, content):
+    """Write bytes to `path`: the whole file, or none of it."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file: take it away")
+    second = Path(f"{path}.tmp")
+    with writing(path):
+        second.write_bytes(content)
+        second.replace(path)
 
 
 def write_json(path, content):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write what JSON can hold; raises ValueError at NaN."""
+    replace(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_config(run, option, finished=True):
-    """The settings of a run folder. Raises InputError where it is none, or has not `finished`."""
+def read_json(path):
+    """What a JSON file holds. Raises InputError if it cannot be read."""
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        current = isinstance(config["reward"], list) and "base" in config
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise InputError(option, f"{run} is not a run folder of train.py ({error!r})") from None
-    if not current:
-        raise InputError(option, f"{run} was written by an earlier version: train it anew")
-    side = "side" in config  # the folder of a learning opponent, written when its run has finished
-    if finished and not (run / ("adapter_config.json" if side else "result.json")).exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def read_config(run, finished=True):
+    """The settings of a run folder, a dict. Raises InputError if it is none, or not `finished`."""
+    if not (run / "config.json").exists():
+        raise InputError(f"{run} is not a run folder of train.py: it has no config.json")
+    config = read_json(run / "config.json")
+    if not isinstance(config, dict) or not {"reward", "base", "sampling"} <= config.keys():
+        raise InputError(f"{run} is not a run folder of train.py: its config.json is another's")
+    # The folder of a learning opponent is written when its run has finished.
+    last = "adapter_config.json" if "side" in config else "result.json"
+    if finished and not (run / last).exists():
         resume = f"python train.py --resume {run}"
-        raise InputError(option, f"{run} is not finished: continue it with  {resume}")
+        raise InputError(f"{run} is not finished: continue it with  {resume}")
     return config
 
 
-def require_same(option, configs, *keys):
-    """Raise InputError unless these settings have one value in all configs."""
+def require_same(configs, *keys):
+    """Raise InputError unless each of these settings has one value in all configs."""
     for key in keys:
         values = sorted({str(config[key]) for config in configs})
         if len(values) > 1:
-            raise InputError(option, f"runs differ in their {key}: {' and '.join(values)}")
+            raise InputError(f"runs differ in their {key}: {' and '.join(values)}")
 
 
 def check_out(out, overwrite):
-    """Raise InputError unless `out` is free, or a run folder that may be replaced."""
-    if out.exists() and not overwrite:
-        raise InputError("--out", f"{out} exists: choose another folder, or give --overwrite")
-    check_written("--out", out)
-    if out.exists() and not (out.is_dir() and set(os.listdir(out)) <= {"config.json.tmp"}):
-        read_config(out, "--out", finished=False)
-
-
-def written(run):
-    """All files of a run, and of its learning opponent."""
-    return [folder / name for folder in (run, run / "opponent") for name in WRITTEN]
-
-
-def check_written(option, run):
-    """Raise InputError where something else stands in the place of a file of a run."""
-    folder = run / "opponent"
-    odd = [path for path in written(run) if not replaceable(path)]
-    if lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        odd.append(folder)
-    if odd:
-        raise InputError(option, f"{odd[0]} or {odd[0].name}.tmp is in the way: take it away")
+    """Raise InputError unless `out` is free, empty, or a run folder that may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder: choose another one")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(f"{out} exists: choose another folder, or give --overwrite")
+        read_config(out, finished=False)
+    parent = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written: choose another folder")
 
 
 def read_state(run):
     """(settings, state, arrays) of an interrupted run. Raises InputError if it cannot go on."""
-    check_written("--resume", run)
-    config, path = read_config(run, "--resume", finished=False), run / STATE
+    config = read_config(run, finished=False)
     if (run / "result.json").exists():
-        raise InputError("--resume", f"{run} is finished")
+        raise InputError(f"{run} is finished")
+    path = run / STATE
+    if not path.is_file():
+        raise InputError(f"{run} has no saved state: start it anew, with --overwrite")
     try:
         arrays = safetensors.load_file(path)
         with safetensors.safe_open(path, "np") as file:
             state = json.loads(file.metadata()["json"])
-        settings, lines = state["settings"], (run / "metrics.csv").read_text("utf-8").count("\n")
-    except Exception as error:  # of the file system, of safetensors, of JSON, a key that lacks
-        reason = f"{type(error).__name__} {error}"
-        raise InputError("--resume", f"cannot continue from {path}: {reason}") from None
-    for key in config.keys() | settings.keys():
-        if config.get(key) != settings.get(key) and key != "versions":
-            now, then = config.get(key), settings.get(key)
-            raise InputError("--resume", f"it was saved with {key}={then}, config.json has {now}")
+    except Exception as error:  # of the file system, of safetensors, of JSON
+        raise InputError(f"cannot read {path}: {error!r}") from None
+    if {**state["settings"], "versions": None} != {**config, "versions": None}:
+        raise InputError(f"{run / 'config.json'} has other settings than {path}")
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise InputError("--resume", f"{path} has numbers that are not finite")
-    if lines < state["updates"] + bool(state["updates"]):  # the header is a line, too
-        raise InputError("--resume", f"{run / 'metrics.csv'} has fewer lines than the saved state")
+        raise InputError(f"{path} has numbers that are not finite")
     return config, state, arrays
 
 
 class RunFolder:
-    """A run that is being written. settings: all; resume, out and overwrite are left out."""
+    """A run that is being written.
+
+    path:     its folder
+    settings: for config.json, a dict; which folder it is, and how it was asked for, is left out
+    """
 
     def __init__(self, path, settings):
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-        own = {k: v for k, v in settings.items() if k not in ("resume", "out", "overwrite")}
-        self.path, self.settings = path, own
+        self.path = path
+        self.settings = {}
+        for key, value in settings.items():
+            if key not in ("resume", "out", "overwrite"):
+                self.settings[key] = str(value) if isinstance(value, Path) else value
+        self.begun = False
         self.started = time.perf_counter()
+        self.last_save = -math.inf
 
     def seconds(self):
         """Spent on this run so far, those before an interruption included."""
         return time.perf_counter() - self.started
 
-    def create(self):
+    def begin(self):
         """Take away what train.py wrote for an earlier run, and nothing else; start anew."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for path in written(self.path):
-            path.unlink(missing_ok=True)
-            Path(f"{path}.tmp").unlink(missing_ok=True)
-        with suppress(OSError):  # there is none, or someone else's files are in it
-            (self.path / "opponent").rmdir()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.path / "opponent"):
+                for name in WRITTEN:
+                    (folder / name).unlink(missing_ok=True)
         write_json(self.path / "config.json", self.settings)
-        (self.path / "metrics.csv").touch()
 
     def resume(self, source, state):
         """Go on from the state of the folder `source`: metrics.csv is cut to it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        count = state["updates"] + 1 if state["updates"] else 0
-        text = (source / "metrics.csv").read_text(encoding="utf-8")
-        with replacing(self.path / "metrics.csv") as beside:
-            beside.write_text("".join(text.splitlines(keepends=True)[:count]), encoding="utf-8")
         self.started -= state["seconds"]
+        try:
+            text = (source / "metrics.csv").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read metrics.csv of {source}: {error}") from None
+        rows = list(csv.reader(text.splitlines(keepends=True)))
+        if len(rows) <= state["updates"]:
+            raise InputError(f"metrics.csv of {source} has fewer rows than the saved state")
+        kept = io.StringIO()
+        writer = csv.writer(kept, lineterminator="\n")
+        writer.writerows(rows[: state["updates"] + 1])  # the first one is the header
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        replace(self.path / "metrics.csv", kept.getvalue().encode())
+        self.begun = True
 
     def log(self, row):
         """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header."""
         shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        with open(self.path / "metrics.csv", "a+", newline="", encoding="utf-8") as file:
-            writer, _ = csv.DictWriter(file, shown, lineterminator="\n"), file.seek(0)
-            if not (header := file.readline()):
+        if not self.begun:
+            self.begin()
+        path = self.path / "metrics.csv"
+        with writing(path), open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, shown, lineterminator="\n")
+            if not self.begun:
                 writer.writeheader()
-            elif header != ",".join(shown) + "\n":
-                raise OSError("a row with other columns than metrics.csv has")
             writer.writerow(shown)
+        self.begun = True
 
-    def save(self, learners, **state):
-        """All that --resume needs. learners: `ppo.Learner.state()` of each; state: for JSON."""
-        arrays, state["learners"] = {}, {}
-        for own_arrays, numbers in learners:
-            arrays |= own_arrays
-            state["learners"] |= numbers
-        state |= {"settings": self.settings, "seconds": self.seconds()}
-        content = safetensors.save(arrays, {"json": json.dumps(state, allow_nan=False)})
-        with replacing(self.path / STATE) as beside:
-            beside.write_bytes(content)
+    def is_due(self, interval):
+        """Whether the last state was saved so many seconds ago, or none was."""
+        return time.perf_counter() - self.last_save >= interval
+
+    def save(self, learners, state):
+        """Save all that --resume needs: what the ppo.Learners hold, and a dict for JSON."""
+        arrays = {}
+        content = {**state, "settings": self.settings, "seconds": self.seconds(), "learners": {}}
+        for learner in learners:
+            tensors, numbers = learner.state()
+            arrays.update(tensors)
+            content["learners"].update(numbers)
+        text = json.dumps(content, allow_nan=False)
+        replace(self.path / STATE, safetensors.save(arrays, {"json": text}))
+        self.last_save = time.perf_counter()
 
     def finish(self, result):
         """Write result.json; then the state is no longer needed. Returns the seconds of the run."""
         seconds = round(self.seconds(), 2)
-        write_json(self.path / "result.json", result | {"seconds": seconds})
+        write_json(self.path / "result.json", {**result, "seconds": seconds})
         (self.path / STATE).unlink(missing_ok=True)
         return seconds
 
 
-@contextmanager
-def stop_signals():
-    """Ctrl-C, or a batch system's SIGTERM, sets the Event, so that an update is finished first.
+def mean_and_interval(values):
+    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}, None where a leaf is None.
 
-    A second one stops at once. In a thread that is not the main one no signal is handled.
+    ci95 = t s / sqrt(n), Student's t for n - 1 degrees of freedom; None for a single run. (The
+    paper has 1.96 s / sqrt(n), which is too narrow for a few seeds.)
     """
-    stop, before = threading.Event(), {}
+    if isinstance(values[0], dict):
+        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+    if None in values:
+        return {"mean": None, "ci95": None}
+    n = len(values)
+    mean = float(np.mean(values))
+    if n == 1:
+        return {"mean": mean, "ci95": None}
+    t = 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2  # two terms of Fisher's expansion
+    if n < 12:
+        t = STUDENT[n - 2]
+    return {"mean": mean, "ci95": t * float(np.std(values, ddof=1)) / math.sqrt(n)}
 
-    def handle(*_):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
 
-    if threading.current_thread() is threading.main_thread():
-        before = {which: signal.signal(which, handle) for which in (signal.SIGINT, signal.SIGTERM)}
+def group_by_seed(baseline, agents, configs):
+    """The untuned model, then agents by groups of seeds: {label, name, reward, n, runs, means}.
+
+    baseline, agents: equally nested dicts of figures;  configs: the settings of the agents' runs
+    Raises InputError if a seed comes twice in a group.
+    """
+    members = {}  # settings as JSON -> indices of the runs that have them
+    for i, config in enumerate(configs):
+        kept = {key: value for key, value in config.items() if key not in IGNORED}
+        members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
+    settings = [json.loads(key) for key in members]
+    groups = [{"label": "untuned", "name": "untuned", "reward": "untuned", "n": 1, "runs": []}]
+    for part in baseline:
+        groups[0][part] = mean_and_interval([baseline[part]])
+    for group_settings, indices in zip(settings, members.values()):
+        title = label(group_settings, settings)
+        seeds = [configs[i]["seed"] for i in indices]
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f"of {title} a seed comes twice: {' '.join(map(str, seeds))}", "RUN")
+        group = {
+            "label": title,
+            "name": f"{title} (n={len(seeds)})" if len(seeds) > 1 else title,
+            "reward": group_settings["reward"][-1],
+            "n": len(seeds),
+            "runs": indices,
+        }
+        for part in baseline:
+            group[part] = mean_and_interval([agents[i][part] for i in indices])
+        groups.append(group)
+    return groups
+
+
+def label(settings, all_settings):
+    """A group in words: its rewards, and what differs between it and the other groups."""
+    title = " then ".join(settings["reward"])
+    differing = []
+    for key in dict.fromkeys(key for other in all_settings for key in other):
+        values = {json.dumps(other.get(key)) for other in all_settings}
+        if len(values) == 1 or key == "reward" or settings.get(key) is None:
+            continue
+        if key == "opponent":
+            title += f" vs {in_brief(settings[key])}"
+        else:
+            differing.append(f"{key} {in_brief(settings[key])}")
+    return ", ".join([title, *differing])
+
+
+def in_brief(value):
+    """A setting in words; if there are more than eight, the first eight of them."""
+    words = in_words(value).split()
+    if len(words) > 8:
+        words = [*words[:8], "..."]
+    return " ".join(words)
+
+
+def show(leaf, digits=3):
+    """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
+    if leaf["mean"] is None:
+        return "-"
+    shown = f"{round(leaf['mean'], digits) + 0.0:.{digits}f}"  # no -0.000
+    return shown if leaf["ci95"] is None else f"{shown}±{leaf['ci95']:.{digits}f}"
+
+
+def choose_device(device, dtype):
+    """What --device and --dtype are, where they are not given: a GPU if there is one.
+
+    Raises InputError if torch cannot use the device.
+    """
+    import torch  # here and not above: --help and a bad option answer at once
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        yield stop
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # of torch; which one depends on the device
+        raise InputError(error, "--device") from error
+    return device, dtype
 
 
 def is_first():
@@ -288,25 +393,27 @@ def processes(device, out):
         yield out
         return
     if "MASTER_ADDR" not in os.environ:
-        raise InputError("torchrun", "start it with torchrun, or unset WORLD_SIZE")
-    import torch  # here and not above: --help and a bad option answer at once
+        raise InputError("start it with torchrun, or unset WORLD_SIZE", "torchrun")
+    import torch
     from torch import distributed
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device(device, dtype=None)
     if device.startswith("cuda:"):
-        raise InputError("--device", "under torchrun each process takes its own GPU: give cuda")
+        raise InputError("under torchrun each process takes its own GPU: give cuda", "--device")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
-    backend = "nccl" if device == "cuda" else "gloo"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(sys.stdout if is_first() else nowhere),
-    ):
-        try:
-            distributed.init_process_group(backend)
-            yield out if is_first() else Path(folder) / "run"
-        except (distributed.DistError, RuntimeError) as error:
-            hint = "the same torchrun with --resume RUN as the only option of train.py continues"
-            raise InputError("torchrun", f"a process has failed; {hint}; {error}") from error
-        distributed.destroy_process_group()
+    try:
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if is_first():
+            yield out
+        else:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                open(os.devnull, "w") as nowhere,
+                redirect_stdout(nowhere),
+            ):
+                yield Path(folder) / "run"
+    except distributed.DistError as error:
+        error.add_note("the same torchrun with --resume RUN as train.py's only option continues")
+        raise
+    distributed.destroy_process_group()

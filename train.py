@@ -11,370 +11,427 @@
 Writes a run folder, see runs.py. Method: Tennant et al., Moral Alignment for LLM Agents, ICLR 2025.
 """
 
+import math
+import shlex
 import sys
 from argparse import Namespace
-from functools import lru_cache
-from itertools import product
+from bisect import bisect_right
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import envs
+import options
 import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
-from runs import InputError, number
+from errors import InputError, about, stop
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
-# What is not on the command line: of the embedded model, of any other one, of --paper.
-DEFAULTS = {
-    "until": (None, 0.97, None),
-    "sampling": ("constrained", "free", "free"),
-    "episodes": (25600, 8192, 1000),
-    "batch": (256, 256, 1),
-    "lr": (3e-3, 3e-4, 1.41e-5),
-    "rank": (8, 16, 64),
-    "alpha": (16.0, 32.0, 32.0),
-    "epochs": (2, 1, 4),
-    "kl_coef": (0.5, 0.2, 0.2),
-}
-DTYPES = ("float32", "bfloat16", "float16", "nf4")
 PROGRESS = "reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}"
 
 
-def train_parser():
-    parser = runs.Parser(__doc__)
-
-    def option(flag, help, **kwargs):
-        if defaults := DEFAULTS.get(flag[2:].replace("-", "_")):
-            help += " [embedded model {}, any other {}, --paper {}]".format(*defaults)
-        parser.option(flag, help, **kwargs)
-
-    count, positive, some = number(int, 1, 10**9), number(float, 0, above=True), number(float, 0)
-    share, until = number(float, 0, 1), number(float, 0, 1, above=True)
-    penalty, points = number(float, 0, envs.MOST), number(float, -envs.MOST, envs.MOST)
-    listed = {"nargs": "+"}
-    sampling = "constrained: one of the two names; free: any text, illegal if it begins with none"
-    names = f"of C and D; of more, or of random ({len(envs.NAMES)}), every update draws two"
-
-    option("--reward", "in phases of equal length", choices=rewards.REWARDS, **listed)
-    option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    option("--game", envs.game_words(), metavar="GAME", default=["ipd"], **listed)
-    option("--opponent", envs.opponent_words(), default=["tit-for-tat"], **listed)
-    option("--sampling", sampling, choices=("constrained", "free"))
-    option("--actions", names, metavar="NAME", default=["action1", "action2"], **listed)
-    option("--layout", "of the payoffs", choices=envs.LAYOUTS, default=["original"], **listed)
-    option("--prompt", "wording", choices=envs.TEMPLATES, default=["structured"], **listed)
-    option("--paper", "the paper's settings: 1000 updates of one episode", action="store_true")
-    option("--episodes", "how many games are played in all", type=count)
-    option("--batch", "episodes per update", type=count)
-    option("--until", "stop above this mean probability of the better action; 1: never", type=until)
-    option("--rounds", "per episode", type=count, default=5)
-    option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
-    option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
-    option("--lr", "Adam's; it falls linearly to 0 where games, names or texts vary", type=positive)
-    option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
-    option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=positive)
-    option("--epochs", "optimizer steps per update", type=count)
-    option("--kl-coef", "beta, the weight of the KL penalty at the start", type=some)
-    option("--kl-target", "nats of KL to which beta adapts; 0: it is fixed", type=some, default=6.0)
-    option("--gamma", "discount; 0: each round is its own sample", type=share, default=0.0)
-    option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)
-    option("--device", "cpu, cuda, mps ... [cuda where there is one]")
-    option("--dtype", "of the frozen base [bfloat16 on cuda, else float32]", choices=DTYPES)
-    option("--checkpointing", "less memory, up to twice the time", action="store_true")
-    option("--init", "start from the adapter and value head of this run folder", type=Path)
-    option("--save-every", "updates between saved states", type=count, default=10)
-    option("--resume", "continue the run in this folder with its own settings", type=Path)
-    option("--out", "the run folder [runs/REWARD-vs-OPPONENT-seedN]", type=Path)
-    option("--overwrite", "replace the run folder if it exists", action="store_true")
-    return parser
-
-
 def parse(argv=None):
-    """All settings of a run, and on --resume (state, arrays), else None. Raises InputError."""
-    parser = train_parser()
+    """All settings of a run, and with --resume (state, arrays), else None. Raises InputError."""
+    parser = options.train_parser(__doc__)
+    given = parser.parse_args(argv)
+    if given.resume:
+        return parse_resume(parser, given)
+    if not given.reward:
+        raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
+    parser.set_defaults(**options.preset(given.recipe, given.model))
     args = parser.parse_args(argv)
-    if args.resume:
-        if vars(args) != vars(parser.parse_args([])) | {"resume": args.resume}:
-            raise InputError("--resume", "it takes all settings from the run: leave others out")
-        config, *saved = runs.read_state(args.resume)
-        del config["base"], config["versions"]  # they are found out anew
-        return Namespace(**config, resume=args.resume, out=args.resume), saved
-    if not args.reward:
-        raise InputError("--reward", f"choose one or more of {', '.join(rewards.REWARDS)}")
-    asked = "--game"
-    try:
-        envs.parse_games(args.game)
-        asked = "--actions"
-        envs.action_names(args.actions)
-        asked = "--opponent"
-        who = envs.parse_opponent(args.opponent)
-    except ValueError as error:
-        raise InputError(asked, error) from None
-    if isinstance(who, Path):
-        runs.read_config(who, "--opponent")
+    with about("--prompt"):
+        args.prompt = [envs.read_wording(word) for word in args.prompt]
+    with about("--opponent"):
+        opponent = envs.parse_opponent(args.opponent)
+        if opponent.run:
+            runs.read_config(opponent.run)
+    if Path(args.model).is_dir() and args.model != "tiny":
+        args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
 
     # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
-    endless = envs.varied(*choices(args)) or args.gamma > 0
-    if endless and (args.until or 1) < 1:
-        raise InputError("--until", "not with --gamma, nor where games, names or texts vary")
-    for key, (embedded, other, paper) in DEFAULTS.items():
-        if getattr(args, key) is None:
-            usual = embedded if args.model == "tiny" else other
-            setattr(args, key, paper if args.paper else usual)
-    if endless or args.until == 1:
-        args.until = None
-    if phases(args) != sorted(set(phases(args))):
-        raise InputError("--episodes", "each of the phases needs an update of its own: raise it")
+    if read_choices(args).varies() or args.gamma > 0:
+        if given.until and given.until < 1:
+            raise InputError("not with --gamma, nor where games, names or texts vary", "--until")
+        args.until = 1.0
+    if any(start >= end for start, end in pairwise(phases(args))):
+        raise InputError("each of the phases needs an update of its own: raise it", "--episodes")
     if args.out is None:
-        opponent = "-".join(Path(word).name for word in args.opponent)
-        args.out = Path(f"runs/{'-then-'.join(args.reward)}-vs-{opponent}-seed{args.seed}")
-    runs.check_out(args.out, args.overwrite)
+        name = "-".join(Path(word).name for word in args.opponent)
+        args.out = Path(f"runs/{'-then-'.join(args.reward)}-vs-{name}-seed{args.seed}")
+    with about("--out"):
+        runs.check_out(args.out, args.overwrite)
     return args, None
 
 
-def choices(args):
-    """What an update's condition is drawn from: games, names, layouts and wordings."""
-    return envs.parse_games(args.game), envs.action_names(args.actions), args.layout, args.prompt
+def parse_resume(parser, given):
+    """`parse` with --resume: the settings are those of the run."""
+    changed = [key for key, value in vars(given).items() if value != parser.get_default(key)]
+    with about("--resume"):
+        if changed != ["resume"]:
+            raise InputError("it takes all settings from the run: leave other options out")
+        config, state, arrays = runs.read_state(given.resume)
+    del config["base"], config["versions"]  # they are found out anew
+    args = Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
+    return args, (state, arrays)
+
+
+def read_choices(args):
+    """What an update's Condition is drawn from. Raises InputError."""
+    with about("--game"):
+        games = envs.parse_games(args.game)
+    with about("--actions"):
+        names = envs.action_names(args.actions)
+    return envs.Choices(game=games, actions=names, layout=args.layout, prompt=args.prompt)
 
 
 def phases(args):
-    """The first update of each phase, as many of equal length as there are rewards; and the end."""
-    count = len(args.reward)
-    return [-(-(args.episodes * i // count) // args.batch) for i in range(count + 1)]
+    """The update at which each phase starts, and the total: one phase per reward, equally long."""
+    starts = []
+    for i in range(len(args.reward) + 1):
+        first_episode = args.episodes * i // len(args.reward)
+        starts.append(math.ceil(first_episode / args.batch))
+    return starts
 
 
-class Agent(NamedTuple):
-    """A language model on one side of the game."""
+class Agent:
+    """A language model on one side of the game.
 
-    policy: Any  # policy.Policy
-    second: bool  # it is the other one's opponent
-    learner: Any = None  # ppo.Learner; None: it stays as it is
+    policy:  policy.Policy
+    side:    0: the player; 1: its opponent
+    learner: ppo.Learner; None: it does not learn, so what it plays is computed once a Condition
+    """
+
+    opening = 0.5  # as an opponent: P(C) of its move before round 0
+
+    def __init__(self, policy, side, learner=None):
+        self.policy = policy
+        self.side = side
+        self.learner = learner
+        self.players = {}
 
     def trie(self, condition):
-        """The packed prompts of a Condition, as this side reads them."""
-        return self.policy.trie(envs.build_prompts(condition, self.second), condition.names)
+        """The packed prompts of a Condition, as this side reads them. Raises InputError."""
+        with about("--actions, --prompt"):
+            return self.policy.trie(envs.build_prompts(condition, self.side), condition.actions)
 
     def player(self, condition):
         """What it plays in a Condition: [state, order, outcome]."""
-        return as_player(self.policy.probabilities(self.trie(condition)))
+        if condition in self.players:
+            return self.players[condition]
+        player = as_player(self.policy.probabilities(self.trie(condition)))
+        if self.learner is None:
+            self.players[condition] = player
+        return player
 
 
 def setup(args, saved=None):
     """Load the model and put everyone in place.
 
     saved: (state, arrays) of an interrupted run
-    What can be wrong with the input goes wrong here, before anything is written: InputError.
-    Returns (agents that learn: the player, and its opponent if that learns, too;
-             else whom the player meets, a function: Condition -> [state, order, outcome];
-             what config.json has of the model and the versions)
+    What can be wrong with the input is found here, before anything is written: InputError.
+    Returns (agents: those that learn, the player first;
+             opponent: whom the player meets if it does not learn, an object with
+             `player(condition)` and `opening`; None if it learns;
+             base: what config.json holds of the model and the versions)
     """
     import torch
     import transformers
 
-    from lora import add_adapter, base_fingerprint
-    from policy import ModelError, Policy, check_causal, encode, load_model
-    from ppo import Learner
+    from lora import base_fingerprint
+    from policy import check_causal, load_model
 
     torch.manual_seed(args.seed)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    who, free = envs.parse_opponent(args.opponent), args.sampling == "free"
-    opponent, asked = None, "--device"  # asked: what is being looked at
-    try:
-        torch.zeros(1, device=args.device).item()
-        asked = "--model"
+    args.device, args.dtype = runs.choose_device(args.device, args.dtype)
+    with about("--model"):
         model, tokenizer = load_model(args.model, args.device, args.dtype, args.checkpointing)
-        own = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
-        add_adapter(model, "player", args.rank, args.alpha)
-        agents = [Agent(Policy(model, tokenizer, "player", free), second=False)]
-        asked = "--init"
-        if args.init and not args.resume:  # a saved state has all of it
-            start = own | {"rank": args.rank, "alpha": args.alpha}
-            runs.require_same("--init", [start, runs.read_config(args.init, "--init")], *start)
+    base = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
+    tries = pack_prompts(args, model, tokenizer)
+
+    agents = [new_agent(args, model, tokenizer, "player", side=0)]
+    if args.init and not args.resume:  # a saved state has all of it
+        with about("--init"):
+            same = {**base, "rank": args.rank, "alpha": args.alpha}
+            runs.require_same([same, runs.read_config(args.init)], *same)
             agents[0].policy.load(args.init, value_head=True)
-        asked = "--opponent"
-        if who == "learner":
-            add_adapter(model, "opponent", args.rank, args.alpha)
-            agents.append(Agent(Policy(model, tokenizer, "opponent", free), second=True))
-        elif isinstance(who, Path):
-            config = runs.read_config(who, "--opponent")
-            runs.require_same("--opponent", [own, config], *own)
-            frozen = Policy(model, tokenizer, "opponent", config["sampling"] == "free")
-            frozen.load(who)
-            opponent = lru_cache(maxsize=64)(Agent(frozen, second=True).player)
-        else:
-            opponent = lambda condition: envs.memory_one(who)  # noqa: E731
-        asked, drawn = "--actions, --prompt", choices(args)
-        first = envs.first_condition(*drawn)
-        encode(tokenizer, envs.build_prompts(first), drawn[1])  # at once: any two names differ
-        shown = [first._replace(layout=x, wording=y) for x, y in product(*drawn[2:])]
-        tries = [agents[0].trie(condition) for condition in shown]
-        asked = "--model (its attention may be of a kind that cannot run a token trie)"
+    opponent = envs.parse_opponent(args.opponent)
+    if opponent.learns:
+        agents.append(new_agent(args, model, tokenizer, "opponent", side=1))
+        opponent = None
+    elif opponent.run:
+        opponent = load_opponent(opponent.run, base, model, tokenizer)
+    with about("--model"):
         for trie in tries:
-            agents[0].policy.reference(trie)
             check_causal(agents[0].policy, trie)
-        settings = args.lr, args.epochs, args.kl_coef, args.kl_target, args.gamma
-        agents = [agent._replace(learner=Learner(agent.policy, *settings)) for agent in agents]
-        if saved:
-            asked, (state, arrays) = "--resume", saved
-            runs.require_same("--resume", [state["settings"], own], "base")
+    if saved:
+        state, arrays = saved
+        with about("--resume"):
+            runs.require_same([state["settings"], base], "base")
             for agent in agents:
                 agent.learner.load_state(arrays, state["learners"])
-    except (ValueError, OSError, RuntimeError, AssertionError, LookupError) as error:
-        raise InputError("--model" if isinstance(error, ModelError) else asked, error) from error
-    if args.until:
-        payoffs = envs.payoff_matrix(first.game)
-        players = [agent.player(first) for agent in agents]
-        players += [opponent(first)] if opponent else []
-        judged = judge(args.reward[-1], players, (payoffs, envs.other_side(payoffs)), args.xi)
-        if np.isnan(judged[: len(agents)]).all():
-            raise InputError("--until", "no action is better by this reward in this game: give 1")
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    return agents, opponent, own | {"versions": versions}
+    base["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    return agents, opponent, base
 
 
-def judge(reward, players, views, xi):
-    """`moral_accuracy` of two players, each with its view of the payoffs; NaN: none is better."""
-    both = zip(players, views, [envs.replies(player) for player in players[::-1]])
-    return [rewards.moral_accuracy(reward, p, view, xi, facing) for p, view, facing in both]
+def pack_prompts(args, model, tokenizer):
+    """The Tries of the first game in all layouts and wordings, a list.
+
+    Raises InputError if the names cannot be told apart, or the model cannot run a trie.
+    """
+    from policy import Trie, check_runs, encode
+
+    choices = read_choices(args)
+    first = choices.first()
+    tries = []
+    with about("--actions, --prompt"):
+        encode(tokenizer, envs.build_prompts(first), choices.actions)  # any two of them differ
+        for layout, wording in product(choices.layout, choices.prompt):
+            texts = envs.build_prompts(first._replace(layout=layout, prompt=wording))
+            tries.append(Trie(*encode(tokenizer, texts, first.actions)))
+    with about("--model"):
+        check_runs(model, tries[0])
+    return tries
 
 
-def train(args, agents, opponent, folder, state, stop):
+def new_agent(args, model, tokenizer, name, side):
+    """An Agent that learns, with a new adapter of this name. Raises InputError."""
+    from lora import add_adapter
+    from policy import Policy
+    from ppo import Learner
+
+    with about("--model"):
+        add_adapter(model, name, args.rank, args.alpha)
+    policy = Policy(model, tokenizer, name, free=args.sampling == "free")
+    learner = Learner(
+        policy,
+        lr=args.lr,
+        epochs=args.epochs,
+        kl_coef=args.kl_coef,
+        kl_target=args.kl_target,
+        gamma=args.gamma,
+    )
+    return Agent(policy, side, learner)
+
+
+def load_opponent(run, base, model, tokenizer):
+    """The agent of another run of the same base model. Raises InputError."""
+    from policy import Policy
+
+    with about("--opponent"):
+        config = runs.read_config(run)
+        runs.require_same([base, config], *base)
+        policy = Policy(model, tokenizer, "opponent", free=config["sampling"] == "free")
+        policy.load(run)
+    return Agent(policy, side=1)
+
+
+def judge(reward, agents, players, game, settings):
+    """How good the agents are: `moral_accuracy` of each, NaN where no action is better.
+
+    players: both sides, [state, order, outcome] each
+    """
+    accuracies = []
+    for agent in agents:
+        player = players[agent.side]
+        payoffs = envs.payoff_matrix(game, agent.side)
+        replies = envs.replies(players[1 - agent.side])
+        accuracies.append(rewards.moral_accuracy(reward, player, payoffs, settings, replies))
+    return accuracies
+
+
+def train(args, agents, opponent, folder, state):
     """The training loop: one row of metrics.csv per update.
 
-    agents, opponent: as from `setup`;  folder: the RunFolder;  state: what it saved, {} if new
-    stop: an Event: save the state and raise KeyboardInterrupt
-    Returns what the agents play before and after, in the first condition of training.
-    Raises FloatingPointError where training cannot go on; the last saved state is good.
+    agents, opponent: as `setup` returns them
+    folder:           the RunFolder;  state: what it saved, {} of a new run
+    Returns what the agents play before and after, in the first Condition of training.
+    Raises InputError where training cannot go on; the last saved state is good.
     """
-    rng, first = np.random.default_rng(args.seed), envs.first_condition(*choices(args))
-    rng.bit_generator.state = state.get("rng", rng.bit_generator.state)
-    before = state.get("before") or [agent.player(first).tolist() for agent in agents]
-
-    def save(updates):
-        # What is saved is good: not while numbers that are not finite make updates be skipped.
-        if runs.is_first() and not any(agent.learner.skipped_in_a_row for agent in agents):
-            learners = [agent.learner.state() for agent in agents]
-            folder.save(learners, updates=updates, rng=rng.bit_generator.state, before=before)
-
-    who, xi, illegal = envs.parse_opponent(args.opponent), args.xi, args.illegal
-    opponent_opening = envs.opening(who) if isinstance(who, tuple) else 0.5
-    done, (*starts, total) = state.get("updates", 0), phases(args)
-    hidden = not runs.is_first() or None  # None: only where stderr is no terminal
+    rng = np.random.default_rng(args.seed)
+    if "rng" in state:
+        rng.bit_generator.state = state["rng"]
+    choices = read_choices(args)
+    before = state.get("before") or [agent.player(choices.first()).tolist() for agent in agents]
+    *starts, total = phases(args)
+    done = state.get("updates", 0)
+    falling = choices.varies() and args.recipe != "paper"
+    hidden = None if runs.is_first() else True  # None: hidden only where stderr is no terminal
     progress = tqdm(range(done, total), "update", total, initial=done, disable=hidden)
     for update in progress:
-        if update % args.save_every == 0:
-            save(update)
-        reward = args.reward[sum(update >= start for start in starts) - 1]
+        reward = args.reward[bisect_right(starts, update) - 1]
         episodes = min(args.batch, args.episodes - update * args.batch)
 
-        # Smaller and smaller steps where conditions vary: else a late one undoes what was learned.
-        for agent in agents if envs.varied(*choices(args)) and not args.paper else ():
-            agent.learner.optimizer.param_groups[0]["lr"] = args.lr * (1 - update / total)
+        # Where conditions vary the learning rate decays linearly; else a late noisy step can undo
+        # what was learned.
+        if falling:
+            for agent in agents:
+                agent.learner.set_lr(args.lr * (1 - update / total))
 
         # Draw what is played in this update: the game, the action names, their layout and wording.
-        condition = envs.draw_condition(rng, *choices(args))
-        payoffs = envs.payoff_matrix(condition.game)
-        views = payoffs, envs.other_side(payoffs)  # each player's own points first
+        condition = choices.draw(rng)
 
-        # Act: one forward pass gives an agent's answers to all prompts. Of the second agent no
-        # graph is kept: it would double the memory.
-        tries = [agent.trie(condition) for agent in agents]
-        tables = [agent.policy(t, graph=not agent.second) for agent, t in zip(agents, tries)]
+        # Act: one forward pass gives an agent's answers to all prompts.
+        tries, tables = act(agents, condition)
         players = [as_player(np.exp(table[0].detach().double().numpy())) for table in tables]
-        players += [opponent(condition)] if opponent else []
+        if opponent:
+            players.append(opponent.player(condition))
 
         # How good are they by now? Exact, from the probabilities, not from what is played.
-        accuracies = judge(reward, players, views, xi)[: len(agents)]
-        if args.until and update > starts[-1] and np.nanmin(accuracies) > args.until:
+        accuracies = judge(reward, agents, players, condition.game, vars(args))
+        known = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+        if known and min(known) > args.until and update > starts[-1]:
             progress.close()
             print(f"Learned after {update} of {total} updates.")
             break
 
         # Play all episodes at once by indexing these probabilities.
-        seen = envs.play(rng, *players, episodes, args.rounds, opponent_opening)
+        opening = opponent.opening if opponent else 0.5
+        seen = envs.play(rng, *players, episodes, args.rounds, opening)
 
         # Learn: look up what each round was worth, by the moral formula; then PPO on these rounds.
-        row = {"episodes": update * args.batch + episodes, "phase": reward, "condition": condition}
-        for i, agent in enumerate(agents):
-            mine, theirs, view = seen[i], seen[1 - i], views[i]
-            played = mine.state, mine.action, theirs.move
-            points = rewards.reward_array(reward, view, xi, illegal)[played]
-            log = {"reward": points.mean(), "accuracy": accuracies[i]}
-            log |= agent.learner.update(tries[i], tables[i], mine.prompt, mine.action, points)
-            log |= envs.action_counts(mine) | rewards.moral_regrets(*played, view, xi, illegal)
-            log |= {f"P(C|{state})": p for state, p in by_state(players[i], C).items()}
-            row |= {f"opponent {key}" if i else key: value for key, value in log.items()}
+        row = describe_update(update, update * args.batch + episodes, reward, condition)
+        for agent in agents:
+            log = {"accuracy": accuracies[agent.side]}
+            log.update(learn(agent, tries, tables, seen, reward, condition.game, vars(args)))
+            log.update({f"p_C_after_{s}": p for s, p in by_state(players[agent.side], C).items()})
+            prefix = "opponent_" if agent.side == 1 else ""
+            row.update({f"{prefix}{key}": value for key, value in log.items()})
         tables.clear()  # their graphs hold memory that the next pass needs
-        folder.log(row)
         progress.set_postfix_str(PROGRESS.format_map(row), refresh=False)
-        if stop.is_set():
-            save(update + 1)
-            raise KeyboardInterrupt
-    return [np.array(player) for player in before], [agent.player(first) for agent in agents]
+        with about("--out"):
+            folder.log(row)
+            # What is saved is good: no update is being skipped for numbers that are not finite.
+            good = not any(agent.learner.skipped_in_a_row for agent in agents)
+            if good and runs.is_first() and folder.is_due(args.save_every):
+                state = {"updates": update + 1, "rng": rng.bit_generator.state, "before": before}
+                folder.save([agent.learner for agent in agents], state)
+    after = [agent.player(choices.first()) for agent in agents]
+    return [np.array(player) for player in before], after
+
+
+def act(agents, condition):
+    """Tries of the agents, and their tables (log-probabilities, values): two lists.
+
+    Only the player's table keeps its graph: two graphs would take twice the memory.
+    """
+    tries = [agent.trie(condition) for agent in agents]
+    with about("--lr"):
+        tables = [agent.policy(tries[agent.side], graph=agent.side == 0) for agent in agents]
+    return tries, tables
+
+
+def learn(agent, tries, tables, seen, reward, game, settings):
+    """One PPO update of an agent on what was played. Returns what is logged of it, a dict.
+
+    tries, tables: as `act` returns them;  seen: both sides' Trajectories
+    """
+    mine = seen[agent.side]
+    theirs = seen[1 - agent.side]
+    payoffs = envs.payoff_matrix(game, agent.side)
+    worth = rewards.reward_array(reward, payoffs, settings)
+    points = worth[mine.state, mine.action, theirs.move]
+    log = {"reward": points.mean()}
+    trie = tries[agent.side]
+    table = tables[agent.side]
+    with about("--lr"):
+        log.update(
+            agent.learner.update(trie, table, prompt=mine.prompt, action=mine.action, reward=points)
+        )
+    for kind, count in envs.action_counts(mine).items():
+        log[f"count_{kind.replace('|', '_after_')}"] = count
+    log.update(rewards.moral_regrets(mine.state, mine.action, theirs.move, payoffs, settings))
+    return log
+
+
+def describe_update(update, episodes, reward, condition):
+    """The first columns of an update's row; `shlex.split` reads the two action names back."""
+    return {
+        "update": update + 1,
+        "episodes": episodes,
+        "phase": reward,
+        "game": envs.game_name(condition.game),
+        "actions": shlex.join(condition.actions),
+        "layout": condition.layout,
+        "prompt": condition.prompt,
+    }
 
 
 def print_policies(before, after):
     """Print the players [state, order, outcome] before and after training."""
-    for title, *players in zip(("P(C | own last, their last)", "The opponent's"), before, after):
+    titles = ("P(C | own last, their last)", "The opponent's")
+    for title, untuned, tuned in zip(titles, before, after):
         print(f"\n{title:30}{'before':>7} {'after':>7}")
-        cooperation, illegal = ([by_state(p, outcome) for p in players] for outcome in (C, ILLEGAL))
+        p_before = by_state(untuned, C)
+        p_after = by_state(tuned, C)
         for state in STATES:
-            print(f"  P(C | {state}){cooperation[0][state]:25.3f} {cooperation[1][state]:7.3f}")
-        means = [np.mean(list(p.values())) for p in illegal]
-        print(f"  P(illegal), mean{means[0]:19.3f} {means[1]:7.3f}")
-        print("In a word: " + " -> ".join(map(envs.describe, players)))
+            print(f"  P(C | {state}){p_before[state]:25.3f} {p_after[state]:7.3f}")
+        illegal_before = np.mean(list(by_state(untuned, ILLEGAL).values()))
+        illegal_after = np.mean(list(by_state(tuned, ILLEGAL).values()))
+        print(f"  P(illegal), mean{illegal_before:19.3f} {illegal_after:7.3f}")
+        print(f"In a word: {envs.describe(untuned)} -> {envs.describe(tuned)}")
 
 
-def run(args, saved, path):
-    """From the settings (and the saved state, of `parse`) to the finished run folder at `path`."""
-    from policy import ModelError
-
-    agents, opponent, own = setup(args, saved)
-    folder, state = runs.RunFolder(path, vars(args) | own), saved[0] if saved else {}
-    resume = f"python train.py --resume {path}"
-    try:
-        folder.resume(args.resume, state) if saved else folder.create()
-        with runs.stop_signals() as stop:
-            before, after = train(args, agents, opponent, folder, state, stop)
-        for agent, place in zip(agents, (path, path / "opponent")):
+def write_agents(agents, folder):
+    """Write what training made: adapters and value heads, of a learning opponent in opponent/."""
+    for agent in agents:
+        place = folder.path if agent.side == 0 else folder.path / "opponent"
+        with runs.writing(place):
             place.mkdir(exist_ok=True)
             agent.policy.save(place)
-            if agent.second:  # to be read by evaluate.py like any other
-                runs.write_json(place / "config.json", {**folder.settings, "side": "opponent"})
-        result = {"reward": args.reward, "opponent": " ".join(args.opponent), "seed": args.seed}
-        for side, untuned, trained in zip(("", "opponent_"), before, after):
-            for kind, outcome in (("policy", C), ("illegal", ILLEGAL)):
-                result[f"{side}{kind}_before"] = by_state(untuned, outcome)
-                result[f"{side}{kind}_after"] = by_state(trained, outcome)
-        seconds = folder.finish(result)
+        if agent.side == 1:  # evaluate.py reads it like any other run
+            runs.write_json(place / "config.json", {**folder.settings, "side": "opponent"})
+
+
+def summarise(args, before, after):
+    """What result.json holds: the settings that tell runs apart, and the policies by state."""
+    result = {"reward": args.reward, "opponent": " ".join(args.opponent), "seed": args.seed}
+    for side, untuned, tuned in zip(("", "opponent_"), before, after):
+        result[f"{side}policy_before"] = by_state(untuned, C)
+        result[f"{side}policy_after"] = by_state(tuned, C)
+        result[f"{side}illegal_before"] = by_state(untuned, ILLEGAL)
+        result[f"{side}illegal_after"] = by_state(tuned, ILLEGAL)
+    return result
+
+
+def run(args, saved=None, path=None):
+    """Train with the settings (and the saved state) of `parse`, and write the run folder.
+
+    path: the folder to write to, by default --out
+    Returns the agents that have learned, a list: the player, and its opponent if it learned, too.
+    """
+    import torch
+
+    path = path or args.out
+    resume = f"python train.py --resume {path}"
+    try:
+        agents, opponent, base = setup(args, saved)
+        folder = runs.RunFolder(path, {**vars(args), **base})
+        state = {}
+        if saved:
+            state, _ = saved
+            with about("--resume"):
+                folder.resume(args.resume, state)
+        before, after = train(args, agents, opponent, folder, state)
     except KeyboardInterrupt:
-        if runs.is_first():
+        if (path / runs.STATE).exists():
             print(f"Stopped; to continue:  {resume}", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        kept = f"; what was saved is kept: {resume}" if (path / runs.STATE).exists() else ""
-        raise InputError("--out", f"{error}{kept}") from None
-    except ModelError as error:  # of a condition that was drawn later
-        raise InputError("--model", error) from None
-    except FloatingPointError as error:
-        raise InputError("--lr", f"{error}: lower it and start again, with --overwrite") from None
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in f"{type(error)}{error}".lower():
-            raise
-        raise InputError("--batch", f"{error}: lower it, or give --checkpointing") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note("--checkpointing takes less memory, --dtype nf4 less again")
+        raise
+    with about("--out"):
+        write_agents(agents, folder)
+        seconds = folder.finish(summarise(args, before, after))
     print_policies(before, after)
-    first = envs.first_condition(*choices(args))  # did it learn a word?
-    swapped = agents[0].player(first._replace(names=first.names[::-1]))
+    first = read_choices(args).first()  # did it learn a word?
+    swapped = agents[0].player(first._replace(actions=first.actions[::-1]))
     print("With the two action names in each other's role: " + envs.describe(swapped))
-    more = f" --layout {first.layout} --prompt {first.wording}"
-    more = more.replace(" --layout original", "").replace(" --prompt structured", "")
-    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}{more}")
+    print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}")
+    return agents
 
 
 def main(argv=None):
@@ -383,7 +440,7 @@ def main(argv=None):
         with runs.processes(args.device or "", args.out) as path:
             run(args, saved, path)
     except InputError as error:
-        runs.stop(error)
+        stop(error)
 
 
 if __name__ == "__main__":

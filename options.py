@@ -1,0 +1,113 @@
+"""The settings of a run: the options of train.py, and what they are by default.
+
+Some defaults depend on the model and on --recipe: a preset has them, and what the command line
+gives goes before it. `--recipe quick` is EMBEDDED or OTHER. A new option is one line here; then it
+is in the settings of the run, which config.json keeps and the formulas of rewards.py are given.
+"""
+
+from pathlib import Path
+
+import envs
+import rewards
+from runs import COUNT, NONNEGATIVE, POSITIVE, Parser, number
+
+EMBEDDED = {
+    "until": 1.0,
+    "sampling": "constrained",
+    "episodes": 25600,
+    "batch": 256,
+    "lr": 3e-3,
+    "rank": 8,
+    "alpha": 16.0,
+    "epochs": 2,
+    "kl_coef": 0.5,
+}
+
+# Any other model, until it has learned.
+OTHER = {
+    "until": 0.97,
+    "sampling": "free",
+    "episodes": 8192,
+    "batch": 256,
+    "lr": 3e-4,
+    "rank": 16,
+    "alpha": 32.0,
+    "epochs": 1,
+    "kl_coef": 0.2,
+}
+
+# Paper, section 4 and appendix; what they do not name is the default of TRL.
+PAPER = {
+    "until": 1.0,
+    "sampling": "free",
+    "episodes": 1000,
+    "batch": 1,
+    "lr": 1.41e-5,
+    "rank": 64,
+    "alpha": 32.0,
+    "epochs": 4,
+    "kl_coef": 0.2,
+}
+
+RECIPES = ("quick", "paper")
+DTYPES = ("float32", "bfloat16", "float16", "nf4")
+
+
+def preset(recipe, model):
+    """The settings of a recipe for a model: dict."""
+    if recipe == "paper":
+        return PAPER
+    return EMBEDDED if model == "tiny" else OTHER
+
+
+def train_parser(description):
+    """All options of train.py; what they leave open is filled in from a preset."""
+    parser = Parser(description)
+
+    def option(flag, help, **kwargs):
+        key = flag[2:].replace("-", "_")
+        if key in EMBEDDED:
+            usual = f"{EMBEDDED[key]}; other models {OTHER[key]}"
+            help += f" [{usual}; --recipe paper {PAPER[key]}]"
+        parser.option(flag, help, **kwargs)
+
+    fraction = number(float, 0, 1)
+    until = number(float, 0, 1, above=True)
+    penalty = number(float, 0, envs.MAX_POINTS)
+    points = number(float, -envs.MAX_POINTS, envs.MAX_POINTS)
+    sampling = "constrained: one of the two names; free: any text, illegal if it begins with none"
+    names = f"of C and D; of more, or of random ({len(envs.NAMES)}), every update draws two"
+    wording = f"{', '.join(envs.TEMPLATES)}, or a text file with {{first}} and {{second}}"
+
+    option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
+    option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
+    option("--recipe", "quick, or the paper's", choices=RECIPES, default="quick")
+    option("--game", envs.game_words(), metavar="GAME", default=["ipd"], nargs="+")
+    option("--opponent", envs.opponent_words(), default=["tit-for-tat"], nargs="+")
+    option("--sampling", sampling, choices=("constrained", "free"))
+    option("--actions", names, metavar="NAME", default=["action1", "action2"], nargs="+")
+    option("--layout", "of the payoffs", choices=envs.LAYOUTS, default=["original"], nargs="+")
+    option("--prompt", wording, metavar="WORDING", default=["structured"], nargs="+")
+    option("--episodes", "how many games are played in all", type=COUNT)
+    option("--batch", "episodes per update", type=COUNT)
+    option("--until", "stop above this mean probability of the better action; 1: never", type=until)
+    option("--rounds", "per episode", type=COUNT, default=5)
+    option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
+    option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
+    option("--lr", "Adam's; it falls linearly to 0 where games, names or texts vary", type=POSITIVE)
+    option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
+    option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=POSITIVE)
+    option("--epochs", "optimizer steps per update", type=COUNT)
+    option("--kl-coef", "beta, the weight of the KL penalty at the start", type=NONNEGATIVE)
+    option("--kl-target", "nats to which beta adapts; 0: fixed", type=NONNEGATIVE, default=6.0)
+    option("--gamma", "discount; 0: each round is its own sample", type=fraction, default=0.0)
+    option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)
+    option("--device", "cpu, cuda, mps ... [cuda where there is one]")
+    option("--dtype", "of the frozen base [bfloat16 on cuda, else float32]", choices=DTYPES)
+    option("--checkpointing", "less memory, up to twice the time", action="store_true")
+    option("--init", "start from the adapter and value head of this run folder", type=Path)
+    option("--save-every", "seconds between saved states", type=NONNEGATIVE, default=60.0)
+    option("--resume", "continue the run in this folder with its own settings", type=Path)
+    option("--out", "the run folder [runs/REWARD-vs-OPPONENT-seedN]", type=Path)
+    option("--overwrite", "replace the run folder if it exists", action="store_true")
+    return parser
