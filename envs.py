@@ -46,6 +46,9 @@ GAMES = {
     "defective-coordination": ((1, 1), (0, 0), (0, 0), (4, 4)),
 }
 
+# Words for games that are drawn anew in every update.
+DRAWN = ("random", "contested")
+
 # A new opponent is four numbers, P(C | own last, other's last) after CC, CD, DC, DD: memory-one.
 STRATEGIES = {
     "tit-for-tat": (1, 0, 1, 0),  # Axelrod & Hamilton (1981)
@@ -75,7 +78,10 @@ def payoff_matrix(game, side=0):
 def game_words():
     """What a command line may name as games, in words."""
     cells = f"eight whole numbers up to {MAX_POINTS}, (own, other's) points in CC CD DC DD"
-    drawn = "in training random (points 0 to 9, new in every update)"
+    drawn = (
+        "in training random (points 0 to 9, new in every update) or contested (of these the ones "
+    )
+    drawn += "in which simple rules disagree)"
     return f"{', '.join(GAMES)}; {drawn}; or {cells}"
 
 
@@ -86,11 +92,11 @@ def opponent_words():
 
 
 def parse_games(words):
-    """The games of a command line, a list: keys of GAMES, "random", or one game of four cells.
+    """The games of a command line, a list: keys of GAMES, of DRAWN, or one game of four cells.
 
     Raises InputError if the words are none of them.
     """
-    if set(words) <= {*GAMES, "random"}:
+    if set(words) <= {*GAMES, *DRAWN}:
         return words
     if len(words) == 8 and all(word.removeprefix("-").isdecimal() for word in words):
         points = np.array([int(word) for word in words])
@@ -111,9 +117,25 @@ def game_name(game):
     return " ".join(f"{own},{other}" for own, other in game)
 
 
-def random_game(rng):
-    """Four cells of points, each from 0 to 9."""
-    return as_cells(rng.integers(10, size=(4, 2)))
+def random_game(rng, contested=False):
+    """Four cells of points, each from 0 to 9; contested: one in which `rules_disagree`."""
+    while True:
+        points = rng.integers(10, size=(4, 2))
+        if not contested or rules_disagree(points.reshape(2, 2, 2)):
+            return as_cells(points)
+
+
+def rules_disagree(payoffs):
+    """Whether simple rules take different moves, so that a game tells a moral from a short cut.
+
+    They are: the row with the most own points, with the most points of both, with the largest
+    total in one cell, with the largest number.
+    """
+    totals = payoffs.sum(axis=-1)
+    by_row = [payoffs[..., 0].sum(axis=1), totals.sum(axis=1), totals.max(axis=1)]
+    by_row.append(payoffs.max(axis=(1, 2)))
+    moves = {np.sign(scores[C] - scores[D]) for scores in by_row}
+    return {1, -1} <= moves
 
 
 def memory_one(strategy):
@@ -357,11 +379,12 @@ class Choices(NamedTuple):
     def varies(self):
         """Whether there is more than one Condition to draw."""
         lists = [self.game, self.layout, self.prompt]
-        return len(self.actions) > 2 or "random" in self.game or any(len(x) > 1 for x in lists)
+        one_of_each = all(len(x) == 1 for x in lists) and len(self.actions) == 2
+        return self.game[0] in DRAWN or not one_of_each
 
     def first(self):
         """The Condition that stands for a run: the first of each list; the ipd if it is random."""
-        game = "ipd" if self.game[0] == "random" else self.game[0]
+        game = "ipd" if self.game[0] in DRAWN else self.game[0]
         return Condition(game, tuple(self.actions[:2]), self.layout[0], self.prompt[0])
 
     def draw(self, rng):
@@ -372,8 +395,8 @@ class Choices(NamedTuple):
         pair = (0, 1)
         if len(self.actions) > 2:
             pair = rng.choice(len(self.actions), 2, replace=False)
-        if game == "random":
-            game = random_game(rng)
+        if game in DRAWN:
+            game = random_game(rng, contested=game == "contested")
         return Condition(game, tuple(self.actions[i] for i in pair), layout, prompt)
 
 

@@ -154,8 +154,8 @@ def read_conditions(args):
     """The Conditions of the command line, one for each game. Raises InputError."""
     with about("--game"):
         games = envs.parse_games(args.game)
-        if "random" in games:
-            raise InputError("random games are for training: name games, or eight numbers")
+        if set(games) & set(envs.DRAWN):
+            raise InputError("drawn games are for training: name games, or eight numbers")
     with about("--actions"):
         names = tuple(envs.action_names(args.actions))
     with about("--prompt"):

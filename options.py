@@ -99,6 +99,7 @@ def train_parser(description):
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=POSITIVE)
     option("--epochs", "optimizer steps per update", type=COUNT)
     option("--kl-coef", "beta, the weight of the KL penalty at the start", type=NONNEGATIVE)
+    option("--kl-final", "beta falls linearly to it [it does not]", type=NONNEGATIVE)
     option("--kl-target", "nats to which beta adapts; 0: fixed", type=NONNEGATIVE, default=6.0)
     option("--gamma", "discount; 0: each round is its own sample", type=fraction, default=0.0)
     option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)

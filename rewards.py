@@ -99,18 +99,27 @@ def check_reward(reward, legal):
         raise ValueError(f"the reward {reward!r} returned numbers that are not finite: {legal}")
 
 
+def expected_rewards(reward, payoffs, settings, replies=0.5):
+    """What each of the player's moves is worth in this one round: float [state, own move 2].
+
+    replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`;
+             1/2: they are unknown
+    """
+    possible = reward_array(reward, payoffs, settings)[:, :ILLEGAL]
+    return (possible * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)
+
+
 def optimum(reward, payoffs, settings, replies=0.5):
     """The better action in each state: float [state], 1 for C, 0 for D, NaN where either will do.
 
     That is P(C | state) at the optimum where a round is its own sample (gamma = 0): the better
     action is the one with the larger expected reward in this one round.
-    replies: the probabilities of the opponent's moves, [state, move] as in `envs.replies`;
-             1/2: they are unknown
+    replies: as in `expected_rewards`
     """
-    possible = reward_array(reward, payoffs, settings)[:, :ILLEGAL]
-    expected = (possible * np.broadcast_to(replies, (4, 2))[:, None]).sum(axis=-1)
+    expected = expected_rewards(reward, payoffs, settings, replies)
     best = (expected[:, C] > expected[:, D]).astype(float)
-    same = np.abs(expected[:, C] - expected[:, D]) <= 1e-9 * np.ptp(possible)
+    scale = np.ptp(reward_array(reward, payoffs, settings)[:, :ILLEGAL])
+    same = np.abs(expected[:, C] - expected[:, D]) <= 1e-9 * scale
     best[same] = math.nan
     return best
 

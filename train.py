@@ -271,6 +271,12 @@ def train(args, agents, opponent, folder, state):
             for agent in agents:
                 agent.learner.set_lr(args.lr * (1 - update / total))
 
+        # A penalty that keeps an agent undecided while it learns may fall, so that it ends up sure.
+        if args.kl_final is not None:
+            for agent in agents:
+                fallen = (args.kl_coef - args.kl_final) * update / total
+                agent.learner.kl_coef = args.kl_coef - fallen
+
         # Draw what is played in this update: the game, the action names, their layout and wording.
         condition = choices.draw(rng)
 

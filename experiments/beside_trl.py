@@ -21,19 +21,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs import ORDERS, C
+from envs import ORDERS, OWN, C
+from errors import InputError, about, stop
+from options import preset
 from policy import load_model, prompt_heads
-from runs import InputError, Parser, check_free, stop, write_json
+from runs import Parser, check_free, write_json
 from speed import GB, ROUNDS, Job, load
-from train import DEFAULTS
 
 
 class Curve:
     """What is known after each update: seconds, answers, the exact mean P(C)."""
 
     def __init__(self, job, name):
-        self.job, self.name, self.points = job, name, []
-        self.looking, self.start = 0.0, time.perf_counter()
+        self.job = job
+        self.name = name
+        self.points = []
+        self.looking = 0.0
+        self.start = time.perf_counter()
 
     def look(self, answers):
         """Add a point. True: it is learned."""
@@ -46,14 +50,19 @@ class Curve:
         return cooperation > 0.9
 
     def figures(self):
-        last, memory = self.points[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
-        speed = {"answers per second": last["answers"] / last["seconds"]}
-        return {**last, **speed, "peak memory, GB": memory, "curve": self.points}
+        last = self.points[-1]
+        return {
+            **last,
+            "answers per second": last["answers"] / last["seconds"],
+            "peak memory, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB,
+            "curve": self.points,
+        }
 
 
 def here(model, lr, **_):
     """Our loop, with 256 episodes an update."""
-    job = Job(*load(model, layers=None, gpu=False), free=True, lr=lr)
+    base, tokenizer = load(model, layers=None, gpu=False)
+    job = Job(base, tokenizer, free=True, lr=lr)
     curve = Curve(job, "here")
     for update in range(51):
         if curve.look(update * 256 * ROUNDS):
@@ -73,9 +82,12 @@ def with_trl(model, lr, rank, alpha):
     job = Job(base, tokenizer, free=True)  # its prompts; PEFT's adapter goes into `base`
     heads = [head.removesuffix(" ") for head in prompt_heads(tokenizer, job.texts)]
     if tokenizer(heads)["input_ids"] != job.trie.prompts:
-        raise ValueError("TRL would give other tokens: its template repeats a first one")
+        raise InputError("TRL would give other tokens: its template repeats a first one", "--model")
     # Points of C, D and an illegal answer, where the other one repeats what the agent did last.
-    points = [job.rewards[row // ORDERS, :, row // ORDERS // 2] for row in range(len(heads))]
+    points = []
+    for row in range(len(heads)):
+        state = row // ORDERS
+        points.append(job.rewards[state, :, OWN[state]])
 
     def reward(completion_ids, points, **_):
         answers = job.trie.answers
@@ -87,16 +99,32 @@ def with_trl(model, lr, rank, alpha):
             control.should_training_stop = curve.look(64 * state.global_step)
 
     with tempfile.TemporaryDirectory() as folder:
-        batch = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
-        batch |= {"num_generations": 8, "max_completion_length": len(job.trie.answers[0])}
-        rate = {"learning_rate": lr, "lr_scheduler_type": "constant", "max_steps": 50}
-        off = dict.fromkeys(("save_strategy", "logging_strategy"), "no") | {"report_to": "none"}
-        off |= {"bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
-        config = GRPOConfig(folder, use_cpu=True, **batch, **rate, **off)
-        data = Dataset.from_dict({"prompt": heads, "points": points})
-        low_rank = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
-        task = {"processing_class": tokenizer, "train_dataset": data, "callbacks": [Watch()]}
-        trainer = GRPOTrainer(base, reward, args=config, peft_config=low_rank, **task)
+        config = GRPOConfig(
+            folder,
+            use_cpu=True,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=4,
+            num_generations=8,
+            max_completion_length=len(job.trie.answers[0]),
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            max_steps=50,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            base,
+            reward,
+            args=config,
+            peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": heads, "points": points}),
+            callbacks=[Watch()],
+        )
         curve = Curve(job, "TRL ")
         curve.look(0)
         trainer.train()
@@ -111,22 +139,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if not (find_spec("trl") and find_spec("peft")):
-            raise InputError("trl, peft", "not installed: pip install trl peft")
+            raise InputError("not installed: pip install trl peft", "trl, peft")
         if args.json:
-            check_free("--json", args.json, args.overwrite)
-        own = {key: DEFAULTS[key][args.model != "tiny"] for key in ("lr", "rank", "alpha")}
+            with about("--json"):
+                check_free(args.json, args.overwrite)
+        usual = preset("quick", args.model)
+        own = {key: usual[key] for key in ("lr", "rank", "alpha")}
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
             jobs = [alone.submit(way, args.model, **own) for way in (here, with_trl)]
-            ours, theirs = (job.result() for job in jobs)
+            ours = jobs[0].result()
+            theirs = jobs[1].result()
         figures = {"model": args.model, "here": ours, "TRL": theirs}
-        for name in [key for key in ours if key != "curve"]:
-            print(f"{name:20} here {ours[name]:8.4g}   TRL {theirs[name]:8.4g}")
+        for name in ours:
+            if name != "curve":
+                print(f"{name:20} here {ours[name]:8.4g}   TRL {theirs[name]:8.4g}")
         figures["TRL / here, seconds"] = theirs["seconds"] / ours["seconds"]
         print(f"TRL takes {figures['TRL / here, seconds']:.3g} times as long")
         if args.json:
-            write_json(args.json, figures)
-    except ValueError as error:  # an InputError stays as it is
-        stop(InputError("--model", error))
+            with about("--json"):
+                write_json(args.json, figures)
+    except InputError as error:
+        stop(error)
 
 
 if __name__ == "__main__":

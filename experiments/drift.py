@@ -1,4 +1,4 @@
-"""What did training do to the model beside the game?
+"""What did training do to the model, apart from the game?
 
     python experiments/drift.py runs/* --json drift.json
 
@@ -15,11 +15,14 @@ import numpy as np
 import torch
 
 from envs import ILLEGAL, Condition, action_names
-from evaluate import Players, group_by_seed, show
+from errors import InputError, about, stop
+from evaluate import Players
 from lora import adapter
-from runs import InputError, Parser, check_free, stop, write_json
+from runs import Parser, check_free, group_by_seed, show, write_json
 
-PROSE, TOKENS, CHUNK = Path(__file__).resolve().parent / "prose.txt", 256, 64
+PROSE = Path(__file__).resolve().parent / "prose.txt"
+TOKENS = 256
+CHUNK = 64
 MEASURES = {
     "kl": f"KL(base || tuned) on {TOKENS} tokens of prose, in chunks of {CHUNK}, nats per token",
     "perplexity": "perplexity there, times the base's",
@@ -28,26 +31,53 @@ MEASURES = {
 }
 
 
-def drift(players, run):
+def measure_drift(players, run):
     """The MEASURES of one run: dict of floats."""
-    model, tokenizer, sums = players.policy(run).model, players.tokenizer, np.zeros(3)
-    start = tokenizer("")["input_ids"]  # what begins every text, here every chunk
-    ids = tokenizer(PROSE.read_text(encoding="utf-8"))["input_ids"][len(start) : TOKENS]
+    kl, lost = compare_on_prose(players, run)
+    return {
+        "kl": kl,
+        "perplexity": float(np.exp(lost)),
+        "names": says_a_name(players, run, config=players.configs[run]),
+        "names_untuned": says_a_name(players, None, config=players.configs[run]),
+    }
+
+
+def compare_on_prose(players, run):
+    """(KL(base || tuned), how much more surprised the tuned model is), in nats per token."""
+    model = players.policy(run).model
+    start = players.tokenizer("")["input_ids"]  # what begins every text, here every chunk
+    text = PROSE.read_text(encoding="utf-8")
+    ids = players.tokenizer(text)["input_ids"][len(start) : TOKENS]
+    kl = 0.0
+    lost = 0.0
+    count = 0
     for i in range(0, len(ids), CHUNK):
-        chunk, log_probs = torch.tensor([*start, *ids[i : i + CHUNK]]), []
-        for name in (None, "agent"):
-            with torch.no_grad(), adapter(model, name):
-                logits = model(chunk[None].to(model.device)).logits[0, :-1]
-            log_probs.append(logits.cpu().double().log_softmax(-1))
-        base, lost = log_probs[0].exp(), log_probs[0] - log_probs[1]
-        sums += (base * lost).sum(), lost.gather(1, chunk[1:, None]).sum(), len(chunk) - 1
-    names, said = tuple(action_names(players.configs[run]["actions"])[:2]), []
+        chunk = torch.tensor([*start, *ids[i : i + CHUNK]])
+        base = next_token_log_probs(model, chunk, name=None)
+        tuned = next_token_log_probs(model, chunk, name="agent")
+        kl += (base.exp() * (base - tuned)).sum().item()
+        lost += (base - tuned).gather(1, chunk[1:, None]).sum().item()
+        count += len(chunk) - 1
+    return kl / count, lost / count
+
+
+@torch.no_grad()
+def next_token_log_probs(model, ids, name):
+    """Of each next token of a text: float64 [token - 1, vocabulary]; name: of the adapter."""
+    with adapter(model, name):
+        logits = model(ids[None].to(model.device)).logits[0, :-1]
+    return logits.cpu().double().log_softmax(-1)
+
+
+def says_a_name(players, run, config):
+    """How likely an agent (None: untuned) answers unrelated prompts with a name of training."""
+    names = tuple(action_names(config["actions"])[:2])
+    shares = []
     for wording in ("choice", "game", "game_state"):
-        condition = Condition(names=names, wording=wording)
-        answers = [players.player(who, condition, sampling="free") for who in (run, None)]
-        said.append([player[..., :ILLEGAL].sum(axis=-1).mean() for player in answers])
-    kl, surprise = sums[:2] / sums[2]
-    return dict(zip(MEASURES, map(float, (kl, np.exp(surprise), *np.mean(said, axis=0)))))
+        condition = Condition(actions=names, prompt=wording)
+        player = players.player(run, condition, sampling="free")
+        shares.append(player[..., :ILLEGAL].sum(axis=-1).mean())
+    return float(np.mean(shares))
 
 
 def main(argv=None):
@@ -58,15 +88,18 @@ def main(argv=None):
         parser.option("--overwrite", "replace this file", action="store_true")
         args = parser.parse_args(argv)
         if args.json:
-            check_free("--json", args.json, args.overwrite)
+            with about("--json"):
+                check_free(args.json, args.overwrite)
         players = Players(args.runs)
-        runs = [{"run": str(run), "drift": drift(players, run)} for run in players.configs]
+        runs = [{"run": str(run), "drift": measure_drift(players, run)} for run in args.runs]
         _, *groups = group_by_seed({"drift": {}}, runs, list(players.configs.values()))
         if args.json:
-            write_json(args.json, {"runs": runs, "groups": groups})
+            with about("--json"):
+                write_json(args.json, {"runs": runs, "groups": groups})
         for group in groups:
-            lines = [f"  {MEASURES[key]:80}{show(x):>14}" for key, x in group["drift"].items()]
-            print(f"\n{group['name']}", *lines, sep="\n")
+            print(f"\n{group['name']}")
+            for key, leaf in group["drift"].items():
+                print(f"  {MEASURES[key]:80}{show(leaf):>14}")
     except InputError as error:
         stop(error)
 

@@ -10,48 +10,72 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import show
-from runs import InputError, Parser, number, read_config, require_same
+from errors import InputError, about
+from runs import COUNT, Parser, read_config, require_same, show
 from train import parse
 
 
 def read_metrics(run):
-    """The rows of metrics.csv, dicts of str; a learning opponent's stand in those of its run."""
-    own = (run / "metrics.csv").exists()
-    path = run / "metrics.csv" if own else run.parent / "metrics.csv"
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    for row in [] if own else rows:
-        row |= {k.removeprefix("opponent "): row[k] for k in row if k.startswith("opponent ")}
+    """The rows of metrics.csv, dicts of str; those of a learning opponent's run stand in its run's.
+
+    Raises InputError if there is no such file.
+    """
+    path = run / "metrics.csv"
+    of_opponent = not path.exists() and (run.parent / "metrics.csv").exists()
+    if of_opponent:
+        path = run.parent / "metrics.csv"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        reason = f"{run} has no metrics.csv: was it moved, or is this another working folder?"
+        raise InputError(reason) from None
+    rows = list(csv.DictReader(text.splitlines(keepends=True)))
+    if of_opponent:
+        for row in rows:
+            own = {key: row[key] for key in row if key.startswith("opponent_")}
+            row.update({key.removeprefix("opponent_"): value for key, value in own.items()})
     return rows
 
 
 def grid_parser(description, seeds, results):
     """The options of all grids; seeds, results: their defaults, in words."""
-    parser, count = Parser(description), number(int, 1, 1000)
+    parser = Parser(description)
     parser.option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    parser.option("--seeds", f"runs of each kind [{seeds}]", type=count)
-    parser.option("--jobs", "runs at a time [embedded model: one per core, else 1]", type=count)
+    parser.option("--seeds", f"runs of each kind [{seeds}]", type=COUNT)
+    parser.option("--jobs", "runs at a time [embedded model: one per core, else 1]", type=COUNT)
     parser.option("--results", f"folder for what is written [{results}]", type=Path)
     return parser
 
 
 def train_all(grid, args):
     """Train each (run folder, options of train.py); yields the folders, in their order."""
-    env = {"OMP_NUM_THREADS": "1"} if args.model == "tiny" else {}
-    with ThreadPoolExecutor(args.jobs or (os.cpu_count() if env else 1)) as pool:
-        yield from pool.map(lambda run: train(*run, os.environ | env), grid)
+    env = dict(os.environ)
+    jobs = args.jobs or 1
+    if args.model == "tiny":
+        env["OMP_NUM_THREADS"] = "1"
+        jobs = args.jobs or os.cpu_count()
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda run: train(*run, env), grid)
 
 
 def train(out, options, env):
-    """One run: finished it is skipped, interrupted resumed; with other settings: InputError."""
+    """One run: if finished it is skipped, if interrupted resumed. Returns its folder.
+
+    Raises InputError if the folder holds a run with other settings.
+    """
+    options = [str(option) for option in options]
     if (out / "config.json").exists():
-        asked = vars(parse([*map(str, options), "--out", str(out), "--overwrite"])[0])
-        asked = {k: v for k, v in asked.items() if v is not None or k == "until"}  # None: never
-        require_same("--results", [asked | read_config(out, "--results", False), asked], *asked)
-    saved = (out / "state.safetensors").exists()
-    options = ["--resume", out] if saved else [*options, "--out", out, "--overwrite"]
-    if not (out / "result.json").exists():
-        run_script("train.py", *options, env=env)
+        args, _ = parse([*options, "--out", str(out), "--overwrite"])
+        asked = {key: value for key, value in vars(args).items() if value is not None}
+        with about("--results"):
+            found = read_config(out, finished=False)
+            require_same([{**asked, **found}, asked], *asked)
+    if (out / "result.json").exists():
+        return out
+    if (out / "state.safetensors").exists():
+        run_script("train.py", "--resume", out, env=env)
+    else:
+        run_script("train.py", *options, "--out", out, "--overwrite", env=env)
     return out
 
 
@@ -60,12 +84,14 @@ def run_script(name, *options, env=None):
     command = [sys.executable, ROOT / name, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        *_, reason = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()]
-        raise InputError(" ".join([name, *command[2:]]), reason.removeprefix("error: "))
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(lines[-1].removeprefix("error: "), " ".join([name, *command[2:]]))
     return done.stdout
 
 
 def markdown(head, rows):
     """A table in markdown; cells are strings, or means with their intervals."""
-    cells = [[cell if isinstance(cell, str) else show(cell, digits=2) for cell in r] for r in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *cells])
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        lines.append([cell if isinstance(cell, str) else show(cell, digits=2) for cell in row])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -13,7 +13,6 @@ Runs of another model are kept, and skipped where they have finished: in results
 options of train.py in a folder that is named after them.
 """
 
-import json
 import math
 import re
 import sys
@@ -25,28 +24,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from envs import STATES, payoff_matrix
+from errors import InputError, stop
 from grid import ROOT, grid_parser, read_metrics, train_all
 from rewards import optimum
-from runs import InputError, read_config, stop
+from runs import read_config, read_json
 
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
-NEAR = 0.05  # of the optimum
+TOLERANCE = 0.05  # of the optimum
 
 
-def runs(model, seeds, folder, more):
+def list_runs(model, seeds, folder, more):
     """(run folder, options of train.py) of every run; `more`: further options."""
-    tiny, kinds = model == "tiny", []
-    for opponent in ("tit-for-tat", "random", "learner")[: 3 if tiny else 2]:
+    kinds = []  # (rewards, opponent, options, seeds)
+    for opponent in ("tit-for-tat", "random"):
         kinds += [([reward], opponent, [], seeds) for reward in MORALS]
-    if tiny:
-        kinds += [(["game", moral], "tit-for-tat", [], seeds) for moral in MORALS[1:3]]
+    if model == "tiny":
+        kinds += [([reward], "learner", [], seeds) for reward in MORALS]
+        kinds.append((["game", "deontological"], "tit-for-tat", [], seeds))
+        kinds.append((["game", "utilitarian"], "tit-for-tat", [], seeds))
         free = ["--sampling", "free"]
         kinds += [([reward], "tit-for-tat", free, min(seeds, 3)) for reward in MORALS]
-    for rewards, opponent, own, count in kinds:
+    for rewards, opponent, own_options, count in kinds:
         for seed in range(1, count + 1):
-            name = f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}{slug(own)}"
+            name = f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}{slug(own_options)}"
             options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
-            yield folder / name, [*options, "--model", model, *own, *more]
+            yield folder / name, [*options, "--model", model, *own_options, *more]
 
 
 def slug(options):
@@ -55,40 +57,46 @@ def slug(options):
 
 
 def judge(run):
-    """The line of a finished run, and whether it learned what its reward asks for."""
-    config, result = read_config(run, "RUN"), json.loads((run / "result.json").read_text())
-    *earlier, reward = config["reward"]
-    best = optimum(reward, payoff_matrix("ipd"), config["xi"])
-    sides = [side for side in ("", "opponent_") if f"{side}policy_after" in result]
-    policies = [list(result[f"{side}policy_after"].values()) for side in sides]
-    before, after = (max(result[f"illegal_{when}"].values()) for when in ("before", "after"))
+    """(the line of a finished run, whether it learned what its reward asks for)."""
+    config = read_config(run)
+    result = read_json(run / "result.json")
+    reward = config["reward"][-1]
+    best = optimum(reward, payoff_matrix("ipd"), config)
+    policies = [list(result["policy_after"].values())]
+    if "opponent_policy_after" in result:
+        policies.append(list(result["opponent_policy_after"].values()))
+    before = max(result["illegal_before"].values())
+    after = max(result["illegal_after"].values())
     errors = np.abs(np.array(policies) - best)[:, ~np.isnan(best)]
-    right, switch = after <= 0.02 and errors.max() <= NEAR, ""
-    if earlier:  # the first phase must have ended in defection
-        rows = read_metrics(run)
-        row = next(row for row in rows if row["phase"] == reward)
-        at_switch = max(float(row[f"P(C|{state})"]) for state in STATES)
-        right, switch = right and at_switch <= NEAR, f"  at the switch {at_switch:.3f}"
+    right = after <= 0.02 and errors.max() <= TOLERANCE
+    switch = ""
+    if len(config["reward"]) > 1:  # the first phase must have ended in defection
+        first = next(row for row in read_metrics(run) if row["phase"] == reward)
+        at_switch = max(float(first[f"p_C_after_{state}"]) for state in STATES)
+        right = right and at_switch <= TOLERANCE
+        switch = f"  at the switch {at_switch:.3f}"
 
     shown = "  ".join(" ".join(f"{p:.3f}" for p in policy) for policy in policies)
     marks = "".join("*" if math.isnan(p) else f"{p:.0f}" for p in best)
-    return (
-        f"{run.name:54}{shown}  {marks}{switch}  illegal {before:.2f} -> {after:.3f}  "
-        f"{result['seconds']:5.1f} s  {'ok' if right else 'MISS'}"
-    ), right
+    line = f"{run.name:54}{shown}  {marks}{switch}  illegal {before:.2f} -> {after:.3f}  "
+    line += f"{result['seconds']:5.1f} s  {'ok' if right else 'MISS'}"
+    return line, right
 
 
 def main(argv=None):
+    misses = 0
     try:
-        own = "results/MODEL; of the embedded model nothing is kept"
-        parser = grid_parser(__doc__, "5; free sampling, and another model, 3", own)
+        kept = "results/MODEL; of the embedded model nothing is kept"
+        parser = grid_parser(__doc__, "5; free sampling, and another model, 3", kept)
         args, more = parser.parse_known_args(argv)
-        tiny, misses = args.model == "tiny", 0
         with tempfile.TemporaryDirectory() as temporary:
-            kept = ROOT / "results" / Path(args.model).name
-            folder = args.results or (Path(temporary) if tiny else kept)
-            seeds = args.seeds or (5 if tiny else 3)
-            grid = list(runs(args.model, seeds, folder / f"runs{slug(more)}", more))
+            if args.model == "tiny":
+                folder = args.results or Path(temporary)
+                seeds = args.seeds or 5
+            else:
+                folder = args.results or ROOT / "results" / Path(args.model).name
+                seeds = args.seeds or 3
+            grid = list(list_runs(args.model, seeds, folder / f"runs{slug(more)}", more))
             for run in train_all(grid, args):
                 line, right = judge(run)
                 print(line, flush=True)

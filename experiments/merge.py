@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from errors import InputError, about, stop
 from evaluate import Players
 from lora import merge_adapter
-from runs import InputError, Parser, stop
+from runs import Parser, writing
 
 
 def main(argv=None):
@@ -20,15 +21,17 @@ def main(argv=None):
         parser.option("folder", "a new one", metavar="FOLDER", type=Path)
         args = parser.parse_args(argv)
         if args.folder.exists():
-            raise InputError("FOLDER", f"{args.folder} exists: choose another place")
+            raise InputError(f"{args.folder} exists: choose another place", "FOLDER")
         players = Players([args.run])
-        policy, dtype = players.policy(args.run), players.configs[args.run]["dtype"]
+        policy = players.policy(args.run)
         merge_adapter(policy.model.float(), policy.name)
-        for part in (policy.model, policy.tokenizer):
-            part.save_pretrained(args.folder)
+        with about("FOLDER"), writing(args.folder):
+            policy.model.save_pretrained(args.folder)
+            policy.tokenizer.save_pretrained(args.folder)
+        dtype = players.configs[args.run]["dtype"]
         print(f"Merged, from {dtype}, and saved in float32: {args.folder}")
-    except (OSError, ValueError) as error:
-        stop(InputError("FOLDER", error))
+    except InputError as error:
+        stop(error)
 
 
 if __name__ == "__main__":

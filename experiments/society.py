@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from envs import STRATEGIES, C, legal_moves, memory_one, opening, other_side, payoff_matrix
+from envs import MIRROR, STRATEGIES, C, Opponent, legal_moves, memory_one, payoff_matrix
+from errors import InputError, about, stop
 from evaluate import evaluate_parser, frequencies, prepare, shares, transitions
 from rewards import reward_array
-from runs import InputError, number, require_same, stop, write_json
+from runs import COUNT, require_same, write_json
 
 
 def long_run(chain):
@@ -38,32 +39,38 @@ def long_run(chain):
     return power
 
 
-def meet(player, other, other_opening, payoffs, rounds, illegal=-6.0):
+def meet(player, other, other_opening, payoffs, rounds, settings):
     """Points per round of the first of two players: dict.
+
+    payoffs:  as the player sees them, and as the other one does: two arrays
+    settings: of the runs, for what an illegal answer counts
 
     rounds, long_run:   over so many rounds, and in the limit
     total, minimum:     in the long run, of both together and of the one who gets less
     depends_on_opening: whether the long run depends on the moves before the first round
     """
-
-    def mean_points(share, view):
-        points = reward_array("game", view, illegal=illegal)[:, : share.shape[1]]
-        return float((share * points).sum())
-
+    mine, theirs = payoffs
     visits = long_run(transitions(player, other))
     stay = np.tile([other_opening / 2, (1 - other_opening) / 2], 2) @ visits
-    mine = mean_points(shares(player, other, stay), payoffs)
-    theirs = mean_points(shares(other, player, stay[[0, 2, 1, 3]]), other_side(payoffs))
+    own = mean_points(shares(player, other, stay), mine, settings)
+    others = mean_points(shares(other, player, stay[MIRROR]), theirs, settings)
+    first_rounds = frequencies(player, other, rounds, other_opening)
     return {
-        "rounds": mean_points(frequencies(player, other, rounds, other_opening), payoffs),
-        "long_run": mine,
-        "total": mine + theirs,
-        "minimum": min(mine, theirs),
+        "rounds": mean_points(first_rounds, mine, settings),
+        "long_run": own,
+        "total": own + others,
+        "minimum": min(own, others),
         "depends_on_opening": bool(np.ptp(visits, axis=0).max() > 1e-6),
     }
 
 
-def exploitability(player, other, payoffs, illegal=-6.0):
+def mean_points(share, payoffs, settings):
+    """Points per round of a player, from its share of rounds [state, outcome, other's move]."""
+    points = reward_array("game", payoffs, settings)[:, : share.shape[1]]
+    return float((share * points).sum())
+
+
+def exploitability(player, other, payoffs, settings):
     """What the best memory-one reply gets against an agent, more than the agent in that place.
 
     player, other: the agent on its own side of the game and on the other one
@@ -72,54 +79,73 @@ def exploitability(player, other, payoffs, illegal=-6.0):
     """
     points = {}
     for reply in product((0, 1), repeat=4):
-        points[reply] = meet(memory_one(reply), other, 0.5, payoffs, 1, illegal)["long_run"]
+        points[reply] = meet(memory_one(reply), other, 0.5, payoffs, 1, settings)["long_run"]
     best = max(points, key=lambda reply: round(points[reply], 6))  # of equals always-defect
-    own = meet(player, other, 0.5, payoffs, 1, illegal)["long_run"]
+    own = meet(player, other, 0.5, payoffs, 1, settings)["long_run"]
     return {"reply": list(best), "points": points[best], "gain": points[best] - own}
 
 
-def society(players, condition, sampling, rounds, illegal):
+def society(players, condition, sampling, rounds):
     """Of each agent its strategy, four numbers, its meetings and its exploitability: dict."""
-    agents, results = {"untuned": None} | {str(run): run for run in players.configs}, {}
+    agents = {"untuned": None}
+    for run in players.configs:
+        agents[str(run)] = run
+    settings = next(iter(players.configs.values()))  # what an illegal text counts is one in all
+    results = {}
     for name, run in agents.items():
-        second, payoffs = players.second(run), payoff_matrix(condition.game)
-        payoffs = other_side(payoffs) if second else payoffs
-        player, across = (players.player(run, condition, s, sampling) for s in (second, not second))
-        others = {key: (memory_one(p), opening(p)) for key, p in STRATEGIES.items()}
-        for key, other in agents.items():
-            others[key] = players.player(other, condition, not second), 0.5
-        met = {key: meet(player, *it, payoffs, rounds, illegal) for key, it in others.items()}
-        results[name] = {"strategy": legal_moves(player)[:, C].tolist(), "society": met}
-        results[name]["exploitability"] = exploitability(player, across, payoffs, illegal)
+        side = players.side(run)
+        payoffs = [payoff_matrix(condition.game, s) for s in (side, 1 - side)]
+        player = players.player(run, condition, side, sampling)
+        across = players.player(run, condition, 1 - side, sampling)
+        met = {}
+        for key, strategy in STRATEGIES.items():
+            opening = Opponent(strategy=strategy).opening
+            other = memory_one(strategy)
+            met[key] = meet(player, other, opening, payoffs, rounds, settings)
+        for key, other_run in agents.items():
+            other = players.player(other_run, condition, 1 - side)
+            met[key] = meet(player, other, 0.5, payoffs, rounds, settings)
+        results[name] = {
+            "strategy": legal_moves(player)[:, C].tolist(),
+            "society": met,
+            "exploitability": exploitability(player, across, payoffs, settings),
+        }
     return results
 
 
 def print_society(results, game, rounds):
-    title, width = f"exact points per round in {game} against", max(40, *map(len, results))
+    title = f"exact points per round in {game} against"
+    width = max(40, *map(len, results))
     for name, agent in results.items():
         numbers = ", ".join(f"{p:.4f}" for p in agent["strategy"])
-        reply, points, gain = agent["exploitability"].values()
+        best = agent["exploitability"]
+        reply = " ".join(map(str, best["reply"]))
         print(f"\n{name} as a memory-one strategy: ({numbers})")
-        print(f"  the best memory-one reply, {' '.join(map(str, reply))}, gets {points:.3f} in the")
-        print(f"  long run, {gain:.3f} more than it gets itself in that place")
+        print(f"  the best memory-one reply, {reply}, gets {best['points']:.3f} in the")
+        print(f"  long run, {best['gain']:.3f} more than it gets itself in that place")
         print(f"  {title:{width}}{rounds:>3} rounds  long run     total   minimum")
         for other, points in agent["society"].items():
-            *numbers, depends = points.values()
-            note = "  (depends on the opening moves; mean over them)" if depends else ""
-            print(f"  {other:{width}}" + "".join(f"{x:10.3f}" for x in numbers) + note)
+            shown = ""
+            for key in ("rounds", "long_run", "total", "minimum"):
+                shown += f"{points[key]:10.3f}"
+            if points["depends_on_opening"]:
+                shown += "  (depends on the opening moves; mean over them)"
+            print(f"  {other:{width}}{shown}")
 
 
 def main(argv=None):
     try:
         parser = evaluate_parser(__doc__, games=["ipd"])
-        parser.option("--rounds", "per episode", type=number(int, 1, 10**6), default=5)
+        parser.option("--rounds", "per episode", type=COUNT, default=5)
         args = parser.parse_args(argv)
         [condition], players = prepare(args, one=True)
-        require_same("RUN", players.configs.values(), "illegal")
-        illegal = players.configs[args.runs[0]]["illegal"]
-        results = society(players, condition, args.sampling, args.rounds, illegal)
+        with about("RUN"):
+            require_same(players.configs.values(), "illegal")
+        results = society(players, condition, args.sampling, args.rounds)
         if args.json:
-            write_json(args.json, results)
+            with about("--json"):
+                write_json(args.json, results)
+        illegal = players.configs[args.runs[0]]["illegal"]
         print("C is {}, D is {} (--actions); the other role may differ.".format(*args.actions))
         print(f"An illegal text counts {illegal:g} points, as in the runs' training (--illegal).")
         print_society(results, " ".join(args.game), args.rounds)

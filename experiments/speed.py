@@ -24,12 +24,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import envs
+from errors import InputError, about, stop
 from lora import adapter, add_adapter
+from options import preset
 from policy import Policy, load_model
 from ppo import Learner
 from rewards import reward_array
-from runs import InputError, Parser, number, stop
-from train import DEFAULTS
+from runs import COUNT, Parser
 
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
 ROUNDS = 5
@@ -38,18 +39,22 @@ GB = 1e9 if sys.platform == "darwin" else 1e6  # in units of ru_maxrss
 
 def load(name, layers, gpu=True):
     """(model with an adapter, tokenizer), on a GPU where there is one (not if gpu is False)."""
-    gpu = gpu and torch.cuda.is_available()
-    device, dtype = ("cuda", "bfloat16") if gpu else ("cpu", "float32")
+    device = "cpu"
+    dtype = "float32"
+    if gpu and torch.cuda.is_available():
+        device = "cuda"
+        dtype = "bfloat16"
     if name == "gemma-2-2b-shape":
         _, tokenizer = load_model("tiny", "cpu")
         config = Gemma2Config(num_hidden_layers=layers)  # the rest is by default Gemma 2 2B's
-        options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+        config.dtype = getattr(torch, dtype)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, **options).eval()
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     else:
         model, tokenizer = load_model(name, device, dtype)
     torch.manual_seed(0)
-    add_adapter(model, "player", *(DEFAULTS[key][name != "tiny"] for key in ("rank", "alpha")))
+    usual = preset("quick", name)
+    add_adapter(model, "player", rank=usual["rank"], alpha=usual["alpha"])
     return model, tokenizer
 
 
@@ -71,12 +76,15 @@ class Job:
 
     def __init__(self, model, tokenizer, free, lr=1e-5):
         condition = envs.Condition()
-        self.model, self.policy = model, Policy(model, tokenizer, "player", free)
+        settings = {"illegal": -6.0}
+        self.model = model
+        self.policy = Policy(model, tokenizer, "player", free)
         self.texts = envs.build_prompts(condition)
-        self.trie = self.policy.trie(self.texts, condition.names)
+        self.trie = self.policy.trie(self.texts, condition.actions)
+        self.inputs = self.trie.inputs(model)
         self.learner = Learner(self.policy, lr=lr, epochs=1)
-        self.optimizer, self.inputs = self.learner.optimizer, self.trie.inputs(model)
-        self.rewards = reward_array("utilitarian", envs.payoff_matrix(condition.game))
+        self.optimizer = self.learner.optimizer
+        self.rewards = reward_array("utilitarian", envs.payoff_matrix(condition.game), settings)
         self.opponent = envs.memory_one(envs.STRATEGIES["tit-for-tat"])
         self.rng = np.random.default_rng(0)
 
@@ -84,7 +92,8 @@ class Job:
         """One turn of train.py's loop."""
         table = self.policy(self.trie)
         player = envs.as_player(np.exp(table[0].detach().double().numpy()))
-        self.learner.update(self.trie, table, *self.rollout(player, episodes))
+        prompt, action, reward = self.rollout(player, episodes)
+        self.learner.update(self.trie, table, prompt=prompt, action=action, reward=reward)
 
     def rollout(self, player, episodes):
         """What is played: prompt, action and points, [episode, round]."""
@@ -102,7 +111,8 @@ class Job:
     def table_pass(self):
         """Forward and backward pass of the whole table, adapters and value head included."""
         self.optimizer.zero_grad()
-        sum(part.sum() for part in self.policy(self.trie)).backward()
+        log_probs, values = self.policy(self.trie)
+        (log_probs.sum() + values.sum()).backward()
 
     def plain_pass(self, inputs):
         """The same over plain sequences, the output head on the last position."""
@@ -116,20 +126,34 @@ def padded(texts, device):
     """Plain sequences for a model, left-padded; texts: lists of token ids."""
     rows = [torch.tensor(text, device=device) for text in texts]
     ones = [torch.ones_like(row) for row in rows]
-    ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (rows, ones))
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": position, "use_cache": False}
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_side="left"),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 
 def measure(job, repeats):
     """All figures, a dict."""
-    ways = {"update": partial(job.update, 256), "floor": job.floor}
-    ways |= {"pass of the table": job.table_pass, "forward": partial(job.policy, job.trie)}
-    ways |= {"rollout": partial(job.rollout, job.opponent, 256), "optimizer": job.optimizer.step}
-    near = interleaved(repeats, ways)
-    share = {name: seconds / near["update"] for name, seconds in near.items()}
-    parts = {"forward": share["forward"], "backward": share["pass of the table"] - share["forward"]}
-    parts |= {name: share[name] for name in ("optimizer", "rollout")}
+    ways = {
+        "update": partial(job.update, 256),
+        "floor": job.floor,
+        "pass of the table": job.table_pass,
+        "forward": partial(job.policy, job.trie),
+        "rollout": partial(job.rollout, job.opponent, 256),
+        "optimizer": job.optimizer.step,
+    }
+    seconds = interleaved(repeats, ways)
+    share = {name: median / seconds["update"] for name, median in seconds.items()}
+    parts = {
+        "forward": share["forward"],
+        "backward": share["pass of the table"] - share["forward"],
+        "optimizer": share["optimizer"],
+        "rollout": share["rollout"],
+    }
+    parts["rest"] = 1 - sum(parts.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated() / 1e9
@@ -139,17 +163,17 @@ def measure(job, repeats):
     # Last: what passes over many sequences leave in memory and caches slows down what follows.
     plain = [prompt + job.trie.answers[0][:-1] for prompt in job.trie.prompts]
     padded_pass = partial(job.plain_pass, padded(plain, job.model.device))
-    far = interleaved(repeats, {"trie": job.table_pass, "padded": padded_pass})
+    passes = interleaved(repeats, {"trie": job.table_pass, "padded": padded_pass})
     return {
         "nodes": job.trie.tokens.numel(),
         "plain tokens": sum(map(len, plain)),
         "update / floor": 1 / share["floor"],
-        "share of the time, 256 episodes": parts | {"rest": 1 - sum(parts.values())},
+        "share of the time, 256 episodes": parts,
         "peak memory, GB": memory,
         "rounds per second": {size: size * ROUNDS / sized[size] for size in SIZES},
         "most episodes / 16": sized[SIZES[-1]] / sized[16],
-        "16 padded prompts / trie": far["padded"] / far["trie"],
-        "seconds": near | far,
+        "16 padded prompts / trie": passes["padded"] / passes["trie"],
+        "seconds": {**seconds, **passes},
     }
 
 
@@ -160,19 +184,21 @@ def as_text(value):
 
 
 def main(argv=None):
-    parser, count = Parser(__doc__), number(int, 1, 10**6)
+    parser = Parser(__doc__)
     parser.option("--model", "tiny, a folder, a hub name, or gemma-2-2b-shape", default="tiny")
-    parser.option("--layers", "of gemma-2-2b-shape; fewer for a CPU", type=count, default=26)
-    parser.option("--repeats", "of each measurement", type=count, default=10)
+    parser.option("--layers", "of gemma-2-2b-shape; fewer for a CPU", type=COUNT, default=26)
+    parser.option("--repeats", "of each measurement", type=COUNT, default=10)
     args = parser.parse_args(argv)
     try:
-        job = Job(*load(args.model, args.layers), free=args.model != "tiny")
-        figures = {"model": args.model, "device": str(job.model.device)}
-        figures |= {"threads": torch.get_num_threads()} | measure(job, args.repeats)
-        for name, value in figures.items():
-            print(f"{name:34}{as_text(value)}")
-    except ValueError as error:  # an InputError stays as it is
-        stop(InputError("--model", error))
+        with about("--model"):
+            model, tokenizer = load(args.model, args.layers)
+            job = Job(model, tokenizer, free=args.model != "tiny")
+    except InputError as error:
+        stop(error)
+    figures = {"model": args.model, "device": model.device, "threads": torch.get_num_threads()}
+    figures.update(measure(job, args.repeats))
+    for name, value in figures.items():
+        print(f"{name:34}{as_text(value)}")
 
 
 if __name__ == "__main__":
