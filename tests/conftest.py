@@ -10,6 +10,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "tiny")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tests run in two processes: one thread each, also in the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import shutil
@@ -28,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from envs import as_player, build_prompts
 from lora import adapter, adapter_parameters, add_adapter
-from policy import Policy, Trie
+from policy import Policy
+from trie import Trie
 
 torch.set_num_threads(1)
 
@@ -93,10 +95,10 @@ def adapted_model(kind, rank, alpha):
     return model
 
 
-def player_of(model, tokenizer, condition, free=False, name=None, second=False):
+def player_of(model, tokenizer, condition, free=False, name=None, side=0):
     """What a model with adapter `name` plays in a Condition: [state, order, outcome]."""
     policy = Policy(model, tokenizer, name, free)
-    trie = policy.trie(build_prompts(condition, second), condition.names)
+    trie = policy.trie(build_prompts(condition, side), condition.actions)
     return as_player(policy.probabilities(trie))
 
 
