@@ -27,10 +27,11 @@ import numpy as np
 
 import envs
 import rewards
-from envs import ILLEGAL, LAYOUTS, OTHER, C, D, payoff_matrix
+from envs import ILLEGAL, OTHER, C, D, payoff_matrix
 from errors import InputError, about, stop
 from evaluate import Players
 from runs import Parser, check_free, write_json
+from wordings import LAYOUTS
 
 GAMES = 200
 DEVELOPMENT = {"seed": 1000, "pairs": (("K", "X"), ("moon", "river"))}
@@ -89,17 +90,11 @@ def make_cases(test, config, wording=None):
 def simple_rules(conditions):
     """What could be followed instead of a moral: name -> P(C), float [N, state 4]."""
     payoffs = np.array([payoff_matrix(condition.game) for condition in conditions])
-    totals = payoffs.sum(axis=-1)  # [N, own move, other's move]
     first_row = [LAYOUTS[condition.layout][0][0] for condition in conditions]
-    by_game = {
-        "adds": prefer(totals.sum(axis=2)),
-        "selfish": prefer(payoffs[..., 0].sum(axis=2)),
-        "largest cell": prefer(totals.max(axis=2)),
-        "largest number": prefer(payoffs.max(axis=(2, 3))),
-        "always C": np.ones(len(conditions)),
-        "always D": np.zeros(len(conditions)),
-        "first row": np.array(first_row) == C,
-    }
+    by_game = {name: prefer(scores) for name, scores in envs.simple_scores(payoffs).items()}
+    by_game["always C"] = np.ones(len(conditions))
+    by_game["always D"] = np.zeros(len(conditions))
+    by_game["first row"] = np.array(first_row) == C
     rules = {name: np.repeat(p[:, None], 4, axis=1) for name, p in by_game.items()}
     rules["tit for tat"] = np.tile(OTHER == C, (len(conditions), 1))
     return {name: p.astype(float) for name, p in rules.items()}

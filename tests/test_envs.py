@@ -7,6 +7,7 @@ import pytest
 
 import envs
 from envs import ILLEGAL, C, Condition, D, build_prompts, memory_one, payoff_matrix, play
+from errors import InputError
 from policy import encode
 
 ALWAYS = np.eye(3)[:, None, None] * np.ones((4, 4, 1))  # ALWAYS[C] plays C everywhere
@@ -24,29 +25,32 @@ def anyone(seed):
 def play_strategy(player, name):
     """2000 episodes of 5 rounds against one of envs.STRATEGIES."""
     strategy = envs.STRATEGIES[name]
-    return play(rng(), player, memory_one(strategy), 2000, 5, envs.opening(strategy))
+    opponent = envs.Opponent(strategy=strategy)
+    return play(rng(), player, opponent.player(Condition()), 2000, 5, opponent.opening)
 
 
 def test_payoffs_are_own_first():
     ipd = payoff_matrix("ipd")
     assert ipd[D, C].tolist() == [4, 0] and ipd[C, D].tolist() == [0, 4]
-    game = payoff_matrix("bach-stravinsky")
-    assert game[C, C].tolist() == [3, 2] and envs.other_side(game)[C, C].tolist() == [2, 3]
+    assert payoff_matrix("bach-stravinsky")[C, C].tolist() == [3, 2]
+    assert payoff_matrix("bach-stravinsky", side=1)[C, C].tolist() == [2, 3]
+    assert payoff_matrix("ipd", side=1)[C, D].tolist() == [0, 4]
     assert all(np.shape(cells) == (4, 2) for cells in envs.GAMES.values())
 
 
 def test_what_a_command_line_lists(tmp_path):
     assert envs.parse_games(["chicken", "random"]) == ["chicken", "random"]
+    assert envs.parse_games(["contested"]) == ["contested"]
     assert envs.parse_games("3 3 -1 4 4 -1 0 0".split()) == [((3, 3), (-1, 4), (4, -1), (0, 0))]
     for words in ("checkers", "3 3 0 4 4 0 1", "3 3 0 4 4 0 1 x", "3 3 0 4 4 0 1 0.5", "ipd 1"):
-        with pytest.raises(ValueError, match="none of"):
+        with pytest.raises(InputError, match="none of"):
             envs.parse_games(words.split())
-    assert envs.parse_opponent(["tit-for-tat"]) == (1, 0, 1, 0)
-    assert envs.parse_opponent(["learner"]) == "learner"
-    assert envs.parse_opponent([str(tmp_path)]) == tmp_path
-    assert envs.parse_opponent("1 0.3 1 0.3".split()) == (1, 0.3, 1, 0.3)
+    assert envs.parse_opponent(["tit-for-tat"]).strategy == (1, 0, 1, 0)
+    assert envs.parse_opponent(["learner"]) == envs.Opponent(learns=True)
+    assert envs.parse_opponent([str(tmp_path)]) == envs.Opponent(run=tmp_path)
+    assert envs.parse_opponent("1 0.3 1 0.3".split()).strategy == (1, 0.3, 1, 0.3)
     for words in ("no/folder", "1 0 1", "1 0 1 2", "-0.1 0 0 0", "nan 0 0 0", "1 0 1 0 1"):
-        with pytest.raises(ValueError, match="none of"):
+        with pytest.raises(InputError, match="none of"):
             envs.parse_opponent(words.split())
 
 
@@ -128,7 +132,7 @@ def test_play_is_reproducible_and_counted():
 
 
 def test_sixteen_prompts():
-    texts = build_prompts(Condition(names=("north", "south")))
+    texts = build_prompts(Condition(actions=("north", "south")))
     assert len(texts) == len(set(texts)) == 16
     cd = texts[4:8]  # state CD: own C, other's D, in all four orders
     state = "played north and they played south, so you got 0 points and they got 4."
@@ -142,11 +146,11 @@ def test_sixteen_prompts():
 def test_the_second_player_sees_its_own_points_first():
     condition = Condition("bach-stravinsky", ("A", "B"))
     assert "so you got 3 points and they got 2." in build_prompts(condition)[0]
-    assert "so you got 2 points and they got 3." in build_prompts(condition, second=True)[0]
+    assert "so you got 2 points and they got 3." in build_prompts(condition, side=1)[0]
 
 
 def test_persona_and_own_template():
-    condition = Condition(names=("A", "B"), wording="Now {first} or {second}?")
+    condition = Condition(actions=("A", "B"), prompt="Now {first} or {second}?")
     assert build_prompts(condition)[:4] == (*["Now A or B?"] * 2, *["Now B or A?"] * 2)
     text = build_prompts(condition._replace(persona="deontological"))[0]
     assert text == envs.PERSONAS["deontological"] + "\nNow A or B?"
@@ -183,26 +187,33 @@ def test_every_wording_can_be_answered_by_the_embedded_model(wording, tiny):
     "names", [["a", "a"], ["", "b"], [" a", "b"], ["a\nb", "c"], ["a|b", "c"], ["a"], list("aba")]
 )
 def test_names(names):
-    with pytest.raises(ValueError, match="action names"):
+    with pytest.raises(InputError, match="name"):
         envs.action_names(names)
     assert envs.action_names(["random"]) == envs.action_names(envs.NAMES) == envs.NAMES
 
 
-BAD_TEMPLATES = {"{first} or what?": "{second}", "{first} {second} {colour}": "colour"}
-BAD_TEMPLATES |= {"{first} {second} {": "'{'", "nothing": "{first} and {second}"}
+BAD_TEMPLATES = {
+    "{first} or what?": "{second}",
+    "{first} {second} {colour}": "no field {colour}",
+    "{first} {second} {cc_own:>3}": "{cc_own} without a format",
+    "{first} {second} {": "'{'",
+    "nothing": "{first} and {second}",
+}
 
 
 @pytest.mark.parametrize("template, word", BAD_TEMPLATES.items())
 def test_bad_templates(template, word):
-    with pytest.raises(ValueError) as error:
-        build_prompts(Condition(wording=template))
+    with pytest.raises(InputError) as error:
+        build_prompts(Condition(prompt=template))
     assert word in str(error.value)
 
 
 def test_conditions_are_drawn_from_everything_listed():
     listed = ["chicken", "random"], ["a", "b", "c"], ["rows", "both"], ["structured", "poetic"]
+    choices = envs.Choices(*listed)
+    assert choices.varies()
     generator = rng()
-    drawn = [envs.draw_condition(generator, *listed) for _ in range(400)]
+    drawn = [choices.draw(generator) for _ in range(400)]
     expected = set()
     for names in permutations("abc", 2):
         for layout in ("rows", "both"):
@@ -218,9 +229,42 @@ def test_conditions_are_drawn_from_everything_listed():
 
 def test_a_single_condition_costs_no_randomness():
     """So that the paper's setting plays the same games whatever could have been varied."""
-    generator, only = rng(), Condition("ipd", ("a", "b"), "rows", "poetic")
+    generator = rng()
+    only = Condition("ipd", ("a", "b"), "rows", "poetic")
+    choices = envs.Choices(["ipd"], ["a", "b"], ["rows"], ["poetic"])
     before = generator.bit_generator.state
-    assert envs.draw_condition(generator, ["ipd"], ["a", "b"], ["rows"], ["poetic"]) == only
+    assert not choices.varies() and choices.draw(generator) == only
     assert generator.bit_generator.state == before
-    assert envs.first_condition(["ipd"], "abc", ["rows"], ["poetic"]) == only
-    assert envs.first_condition(["random"], "ab", ["rows", "both"], ["poetic"]) == only
+    for game in (["ipd"], ["random"], ["contested"]):
+        assert envs.Choices(game, ["a", "b", "c"], ["rows", "both"], ["poetic"]).first() == only
+    for varied in ({"game": ["random"]}, {"actions": list("abc")}, {"layout": ["rows", "both"]}):
+        assert choices._replace(**varied).varies()
+
+
+def test_contested_games_are_those_in_which_simple_rules_disagree():
+    """Rules as loops over the cells; in no other random game."""
+
+    def larger(c, d):
+        return (c > d) - (c < d)
+
+    generator = rng()
+    for i in range(300):
+        (cc, cd, dc, dd) = game = envs.random_game(generator, contested=i % 2 == 0)
+        moves = {
+            larger(cc[0] + cd[0], dc[0] + dd[0]),
+            larger(sum(cc) + sum(cd), sum(dc) + sum(dd)),
+            larger(max(sum(cc), sum(cd)), max(sum(dc), sum(dd))),
+            larger(max(*cc, *cd), max(*dc, *dd)),
+        }
+        assert {1, -1} <= moves or i % 2
+        assert envs.rules_disagree(payoff_matrix(game)) == ({1, -1} <= moves)
+
+
+def test_a_wording_from_a_file(tmp_path):
+    """Neither a byte order mark nor a final newline is part of it."""
+    file = tmp_path / "wording.txt"
+    file.write_bytes(b"\xef\xbb\xbf{first} or {second}?\r\n")
+    assert envs.read_wording(str(file)) == "{first} or {second}?"
+    assert envs.read_wording("poetic") == "poetic"
+    with pytest.raises(InputError, match="name a text file, or one of structured"):
+        envs.read_wording("hiaku")

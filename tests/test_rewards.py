@@ -8,9 +8,11 @@ import pytest
 import envs
 import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
+from errors import InputError
 from rewards import REWARDS, moral_accuracy, optimum, reward_array
 
 IPD = payoff_matrix("ipd")
+SETTINGS = {"xi": 3.0, "illegal": -6.0}
 # P(C | CC), P(C | CD), P(C | DC), P(C | DD) in the Prisoner's Dilemma, whatever the opponent.
 # *: there is no reward either way.
 OPTIMA = {
@@ -28,18 +30,18 @@ def test_every_cell_of_the_prisoners_dilemma():
     for s, state in enumerate(STATES):
         for cell in own:
             penalty = -3 if state[1] == "C" and cell[0] == D else 0
-            assert reward_array("game", IPD)[s][cell] == own[cell]
-            assert reward_array("utilitarian", IPD)[s][cell] == total[cell]
-            assert reward_array("deontological", IPD)[s][cell] == penalty
-            assert reward_array("game+deontological", IPD)[s][cell] == own[cell] + penalty
+            assert reward_array("game", IPD, SETTINGS)[s][cell] == own[cell]
+            assert reward_array("utilitarian", IPD, SETTINGS)[s][cell] == total[cell]
+            assert reward_array("deontological", IPD, SETTINGS)[s][cell] == penalty
+            assert reward_array("game+deontological", IPD, SETTINGS)[s][cell] == own[cell] + penalty
 
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("game", GAMES)
 def test_illegal_reward_and_xi(reward, game):
-    array = reward_array(reward, payoff_matrix(game), xi=4, illegal=-9)
+    array = reward_array(reward, payoff_matrix(game), {"xi": 4, "illegal": -9})
     assert (array[:, ILLEGAL] == -9).all()
-    change = array - reward_array(reward, payoff_matrix(game), xi=3, illegal=-9)
+    change = array - reward_array(reward, payoff_matrix(game), {"xi": 3, "illegal": -9})
     by_xi = np.zeros((4, 3, 2))
     if "deontological" in reward:
         by_xi[[0, 2], D] = -1  # states CC and DC: the opponent's last move was C
@@ -55,19 +57,22 @@ def test_virtues_cell_by_cell():
         (payoff_matrix("chicken"), [[1, 1 - 3 / 5], [1 - 3 / 5, 1]]),
         (payoff_matrix("bach-stravinsky"), [[1 - 1 / 5, 1], [1, 1 - 1 / 5]]),
     ):
-        array = reward_array("equality", payoffs)
+        array = reward_array("equality", payoffs, SETTINGS)
         assert array[:, :ILLEGAL] == pytest.approx(np.tile(expected, (4, 1, 1)))
-        assert (reward_array("kindness", payoffs, xi=2)[:, :ILLEGAL] == [[2, 2], [0, 0]]).all()
+        assert (
+            reward_array("kindness", payoffs, {**SETTINGS, "xi": 2})[:, :ILLEGAL]
+            == [[2, 2], [0, 0]]
+        ).all()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equality_asks_to_do_what_the_other_does(strategy):
     """In the Prisoner's Dilemma shares are fair where both do the same."""
     against = replies(memory_one(STRATEGIES[strategy]))
-    best = optimum("equality", IPD, replies=against)
+    best = optimum("equality", IPD, SETTINGS, replies=against)
     for p, action in zip(against[:, C], best):
         assert math.isnan(action) if p == 0.5 else action == (p > 0.5)
-    assert np.isnan(optimum("equality", IPD)).all()
+    assert np.isnan(optimum("equality", IPD, SETTINGS)).all()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -75,11 +80,13 @@ def test_equality_asks_to_do_what_the_other_does(strategy):
 def test_optima_in_the_prisoners_dilemma(reward, strategy):
     p = np.array(STRATEGIES[strategy])[[0, 2, 1, 3]]  # its state has the two moves swapped
     against = np.stack([p, 1 - p], axis=-1)
-    gain = -np.diff((reward_array(reward, IPD)[:, :ILLEGAL] * against[:, None]).sum(-1))[:, 0]
+    gain = -np.diff((reward_array(reward, IPD, SETTINGS)[:, :ILLEGAL] * against[:, None]).sum(-1))[
+        :, 0
+    ]
     best = np.array([math.nan if p == "*" else int(p) for p in OPTIMA[reward]])
     assert np.array_equal(np.sign(gain), np.nan_to_num(2 * best - 1))
     for replied in (against, 0.5):  # whatever the opponent
-        assert np.array_equal(optimum(reward, IPD, replies=replied), best, equal_nan=True)
+        assert np.array_equal(optimum(reward, IPD, SETTINGS, replies=replied), best, equal_nan=True)
 
 
 @pytest.mark.parametrize("reward", OPTIMA)
@@ -91,11 +98,11 @@ def test_moral_accuracy_by_hand(reward):
     for either in "01":
         best = memory_one([int(p) for p in OPTIMA[reward].replace("*", either)])
         with_illegal = np.concatenate([best, np.ones((4, 1, 1))], axis=-1) / 2
-        assert moral_accuracy(reward, best, IPD) == 1
-        assert moral_accuracy(reward, best[..., ::-1], IPD) == 0
-        assert moral_accuracy(reward, with_illegal, IPD) == 0.5
+        assert moral_accuracy(reward, best, IPD, SETTINGS) == 1
+        assert moral_accuracy(reward, best[..., ::-1], IPD, SETTINGS) == 0
+        assert moral_accuracy(reward, with_illegal, IPD, SETTINGS) == 0.5
     always = {"game": 0, "game+deontological": 0.5}
-    assert moral_accuracy(reward, memory_one([1] * 4), IPD) == always.get(reward, 1)
+    assert moral_accuracy(reward, memory_one([1] * 4), IPD, SETTINGS) == always.get(reward, 1)
 
 
 @pytest.mark.parametrize(
@@ -112,37 +119,62 @@ def test_moral_accuracy_by_hand(reward):
 def test_against_a_known_opponent(reward, game, opponent, best):
     payoffs, against = payoff_matrix(game), replies(memory_one(STRATEGIES[opponent]))
     player = memory_one([int(p) for p in best])
-    assert optimum(reward, payoffs, replies=against).tolist() == [int(p) for p in best]
-    assert moral_accuracy(reward, player, payoffs, replies=against) == 1
-    assert moral_accuracy(reward, player[..., ::-1], payoffs, replies=against) == 0
+    assert optimum(reward, payoffs, SETTINGS, replies=against).tolist() == [int(p) for p in best]
+    assert moral_accuracy(reward, player, payoffs, SETTINGS, replies=against) == 1
+    assert moral_accuracy(reward, player[..., ::-1], payoffs, SETTINGS, replies=against) == 0
 
 
 @pytest.mark.parametrize("reward", ["game", "utilitarian", "game+deontological"])
 def test_what_is_added_to_all_points_changes_no_optimum(reward):
     for least in (-(10.0**6), -100_000, 100_000, 10.0**6):
-        for best in (optimum(reward, IPD + least), optimum(reward, IPD / 1e6, xi=3e-6)):
+        for best in (
+            optimum(reward, IPD + least, SETTINGS),
+            optimum(reward, IPD / 1e6, {**SETTINGS, "xi": 3e-6}),
+        ):
             assert best.tolist() == [int(p) for p in OPTIMA[reward]]
     most = "1000000 -1000000 0 4 4 0 1".split()
     assert envs.parse_games([*most, "1"])[0][0] == (10**6, -(10**6))
     for point in ("1000001", "-1000001"):
-        with pytest.raises(ValueError, match="up to 1000000"):
+        with pytest.raises(InputError, match="up to 1000000"):
             envs.parse_games([*most, point])
 
 
 def test_where_nothing_is_better():
     payoffs = payoff_matrix("bach-stravinsky")  # 3 + 2 either way
-    assert np.isnan(optimum("utilitarian", payoffs)).all()
-    assert math.isnan(moral_accuracy("utilitarian", memory_one([1] * 4), payoffs))
+    assert np.isnan(optimum("utilitarian", payoffs, SETTINGS)).all()
+    assert math.isnan(moral_accuracy("utilitarian", memory_one([1] * 4), payoffs, SETTINGS))
 
 
 def test_regrets_of_played_rounds():
     """Two rounds in the Prisoner's Dilemma: a betrayal of a cooperator, then mutual defection."""
     state, action, move = np.array([[0, 2]]), np.array([[D, D]]), np.array([[C, D]])
-    regrets = rewards.moral_regrets(state, action, move, IPD, xi=4)
-    assert regrets["deontological regret"] == 4  # the other had played C before both rounds
-    assert regrets["utilitarian regret"] == pytest.approx((6 - (4 + 2) / 2) / 12)
+    regrets = rewards.moral_regrets(state, action, move, IPD, {**SETTINGS, "xi": 4})
+    assert regrets["deontological_regret"] == 4  # the other had played C before both rounds
+    assert regrets["utilitarian_regret"] == pytest.approx((6 - (4 + 2) / 2) / 12)
     # A payoff below the illegal reward is the worst; where all totals are equal there is none.
     payoffs = np.array([[[3, 3], [-20, 0]], [[0, -20], [1, 1]]])
-    regrets = [rewards.utilitarian_regret(mean, payoffs) for mean in (6, -20)]
+    regrets = [rewards.utilitarian_regret(mean, payoffs, illegal=-6) for mean in (6, -20)]
     assert regrets == [0, 1]
     assert math.isnan(rewards.utilitarian_regret(0, 0 * payoffs, illegal=0))
+
+
+BAD_FORMULAS = {
+    "[2]": lambda own, other, *_: own[:, 0],  # read as the other's moves, or as own ones?
+    "object": lambda *_: None,  # a return was forgotten
+    "[3, 2]": lambda own, *_: np.zeros((3, 2)),
+    "not finite": lambda own, *_: own / np.zeros((2, 2)),
+}
+
+
+@pytest.mark.parametrize("word", BAD_FORMULAS)
+def test_a_formula_with_a_bug_is_named(word, monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", BAD_FORMULAS[word])
+    with pytest.raises(ValueError) as error, np.errstate(all="ignore"):
+        reward_array("mine", IPD, SETTINGS)
+    assert "'mine'" in str(error.value) and word in str(error.value)
+
+
+def test_a_formula_reads_any_setting_and_any_axes(monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", lambda *args: args[-1]["weight"])
+    array = reward_array("mine", IPD, {**SETTINGS, "weight": 0.25})
+    assert (array[:, :ILLEGAL] == 0.25).all() and array.shape == (4, 3, 2)

@@ -10,10 +10,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from transformers.utils import logging
 
 import conftest
 import envs
+import options
+import rewards
 import train
 from conftest import ROOT, change_json, copy_run, player_of, read_json, refused, run_training
 from envs import ACTION_TYPES, STATES, C, Condition, by_state, payoff_matrix
@@ -33,11 +36,17 @@ def parse(*options):
 
 def probabilities(row, side=""):
     """P(C | state) in a row of metrics.csv: dict of float by STATES."""
-    return {state: float(row[f"{side}P(C|{state})"]) for state in STATES}
+    return {state: float(row[f"{side}p_C_after_{state}"]) for state in STATES}
+
+
+def counts(row, side=""):
+    """What was played in a row of metrics.csv: dict of int by ACTION_TYPES."""
+    return {kind: int(row[f"{side}count_{kind.replace('|', '_after_')}"]) for kind in ACTION_TYPES}
 
 
 # All seeds and opponents, with the default batch: experiments/learning.py. An update takes the same
 # time whatever the batch: this large one has less noise and needs fewer updates.
+SETTINGS = {"xi": 3.0, "illegal": -6.0}
 LEARN = "--batch 1024 --episodes 14336".split()
 
 
@@ -105,20 +114,18 @@ def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
         out = tmp_path / game[:1]
         run_training(out, *options, "--game", *game.split())
         last = read_metrics(out)[-1]
-        assert [last["accuracy"], last["opponent accuracy"]].count("nan") == 1
+        assert [last["accuracy"], last["opponent_accuracy"]].count("nan") == 1
         assert int(last["episodes"]) < 25600 and "Learned" in capsys.readouterr().out
-    with refused(capsys, "--until", "no action is better"):
-        run_training(tmp_path / "run", *options, "--game", *["1"] * 8)
-    assert not (tmp_path / "run").exists()
-    run_training(tmp_path / "run", *options, *SHORT, "--until", "1", "--game", *["1"] * 8)
+    run_training(tmp_path / "run", *options, *SHORT, "--game", *["1"] * 8)  # all is one: to the end
+    assert len(read_metrics(tmp_path / "run")) == 3
 
 
 UNTIL = {"": 0.97, "--until 0.9": 0.9, "--game 3 3 0 4 4 0 1 1": 0.97}  # eight words, one game
-NEVER = """--model tiny; --until 1; --paper; --actions random --until 1; --layout rows both; \
---prompt poetic choice; --game random; --game ipd chicken; --gamma 0.5""".split("; ")
+NEVER = """--model tiny; --until 1; --recipe paper; --actions random --until 1; \
+--layout rows both; --prompt poetic choice; --game random; --game ipd chicken; --gamma 0.5""".split("; ")
 
 
-@pytest.mark.parametrize("options, until", [*UNTIL.items(), *((never, None) for never in NEVER)])
+@pytest.mark.parametrize("options, until", [*UNTIL.items(), *((never, 1) for never in NEVER)])
 def test_where_training_stops_early_by_default(options, until):
     assert parse("--model", "folder", *options.split()).until == until
 
@@ -127,13 +134,13 @@ def test_where_training_stops_early_by_default(options, until):
 def test_the_rate_falls_to_0_where_conditions_vary(options, falls, tmp_path, monkeypatch):
     rates, update = [], Learner.update
 
-    def look(self, *args):
+    def look(self, *args, **settings):
         rates.append(self.optimizer.param_groups[0]["lr"])
-        return update(self, *args)
+        return update(self, *args, **settings)
 
     monkeypatch.setattr(Learner, "update", look)
     own = f"--reward game --lr 1e-3 --episodes 32 --batch 8 --overwrite {options}".split()
-    for more in ([], ["--paper"]):
+    for more in ([], ["--recipe", "paper"]):
         run_training(tmp_path / "run", *own, *more)
         last = 2.5e-4 if falls and not more else 1e-3
         assert np.allclose(rates[-4:], np.linspace(1e-3, last, 4), rtol=1e-9)
@@ -155,8 +162,9 @@ def test_same_seed_same_bytes(runs):
 def test_what_a_run_writes(runs):
     rows, result = read_metrics(runs / "a"), read_json(runs / "a" / "result.json")
     assert [int(row["episodes"]) for row in rows] == [16, 32, 48]
+    assert [int(row["update"]) for row in rows] == [1, 2, 3] and next(iter(rows[0])) == "update"
     for row in rows:
-        assert sum(int(row[kind]) for kind in ACTION_TYPES) == 16 * 5
+        assert sum(counts(row).values()) == 16 * 5
         cooperation = np.mean(list(probabilities(row).values()))
         assert float(row["accuracy"]) == pytest.approx(cooperation, abs=1e-5)
     assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6)  # it starts as the base model
@@ -168,17 +176,17 @@ def test_what_a_run_writes(runs):
     assert [result[k] for k in keys.split()[:3]] == [["utilitarian"], "tit-for-tat", 1]
     assert result["policy_before"] == pytest.approx(probabilities(rows[0]), abs=1e-5)
     config = read_json(runs / "a" / "config.json")
-    assert config["lr"] == train.DEFAULTS["lr"][0] and config["sampling"] == "free"
+    assert config["lr"] == options.EMBEDDED["lr"] and config["sampling"] == "free"
     assert "torch" in config["versions"] and not {"out", "resume", "overwrite"} & {*config}
 
 
 def test_every_setting_arrives(tmp_path, monkeypatch):
     """One update with nothing at its default, replayed by hand from the untuned policy."""
-    given, create = [], Learner.__init__
+    given, create = {}, Learner.__init__
 
-    def record(self, *settings):
-        given.extend(settings[1:])
-        create(self, *settings)
+    def record(self, policy, **settings):
+        given.update(settings)
+        create(self, policy, **settings)
 
     monkeypatch.setattr(Learner, "__init__", record)
     out = tmp_path / "run"
@@ -189,7 +197,7 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
         *"--xi 2 --illegal -4 --rounds 7 --episodes 50 --batch 50 --seed 9 --rank 4".split(),
         *"--alpha 12 --lr 0.001 --epochs 3 --kl-coef 0.15 --kl-target 5 --gamma 0.5".split(),
     )
-    assert given == [0.001, 3, 0.15, 5, 0.5]  # lr, epochs, kl_coef, kl_target, gamma
+    assert given == {"lr": 0.001, "epochs": 3, "kl_coef": 0.15, "kl_target": 5, "gamma": 0.5}
     adapter = read_json(out / "adapter_config.json")
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 12)
 
@@ -198,18 +206,19 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     player = player_of(*load_model("tiny", "cpu"), condition, free=True)
     opponent = envs.memory_one((0.9, 0.2, 0.6, 0.4))
     mine, theirs = envs.play(np.random.default_rng(9), player, opponent, 50, 7)
-    points, counts = [], dict.fromkeys(ACTION_TYPES, 0)
+    points, played = [], dict.fromkeys(ACTION_TYPES, 0)
     rounds = mine.state, mine.action, mine.move, theirs.move
     for state, action, move, other in zip(*(array.ravel() for array in rounds)):
         after_c = state in (0, 2)  # the opponent's last move is the second letter of CC CD DC DD
-        counts["C D illegal".split()[action] + "|" + "DC"[after_c]] += 1
+        played["C D illegal".split()[action] + "|" + "DC"[after_c]] += 1
         penalty = 2 * (move == 1 and after_c)
         points.append(-4 if action == envs.ILLEGAL else game[2 * move + other][0] - penalty)
     row = read_metrics(out)[0]
     assert float(row["reward"]) == pytest.approx(np.mean(points), abs=1e-5)
-    assert {kind: int(row[kind]) for kind in counts} == counts
+    assert counts(row) == played
     assert row["phase"] == "game+deontological"
-    assert row["condition"] == "3,2 -1,0 0,-2 2,3; moon river; both; unstructured"
+    shown = [row[key] for key in ("game", "actions", "layout", "prompt")]
+    assert shown == ["3,2 -1,0 0,-2 2,3", "moon river", "both", "unstructured"]
     # The opponent's P(C) is 0.9, 0.6, 0.2, 0.4 in CC CD DC DD: C has 2.6, 1.4, -0.2 and 0.6 points,
     # D -1.8, 0.8, -0.4 and 1.2.
     best = [player[:3, :, C], player[3:, :, 1]]
@@ -221,7 +230,7 @@ def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):
     run_training(tmp_path / "run", *options)
     rows = read_metrics(tmp_path / "run")
     assert [int(row["episodes"]) for row in rows] == [16, 32, 48, 52]
-    assert sum(int(rows[-1][kind]) for kind in ACTION_TYPES) == 4 * 3
+    assert sum(counts(rows[-1]).values()) == 4 * 3
     assert {row["kl_coef"] for row in rows} == {"0.5"} and float(rows[-1]["kl"]) > 0
 
 
@@ -235,7 +244,7 @@ def test_any_causal_model_trains(kind, tmp_path, tiny):
     tiny[1].save_pretrained(folder)
     options = ["--reward", "utilitarian", "--model", str(folder), "--episodes", "2"]
     shown = ("sampling", "rank", "batch", "lr", "epochs")
-    defaults = {"": ("free", 16, 256, 3e-4, 1), "--paper": ("free", 64, 1, 1.41e-5, 4)}
+    defaults = {"": ("free", 16, 256, 3e-4, 1), "--recipe paper": ("free", 64, 1, 1.41e-5, 4)}
     for extra, expected in defaults.items():
         run_training(tmp_path / "run", *options, *extra.split(), "--overwrite")
         config = read_json(tmp_path / "run" / "config.json")
@@ -252,18 +261,20 @@ def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
         *"--episodes 96 --batch 4 --epochs 1 --lr 1e-9".split(),
     )
     rows = read_metrics(out)
-    games, pairs, layouts, wordings = zip(*(row["condition"].split("; ") for row in rows))
+    games = [row["game"] for row in rows]
     for row, game in zip(rows, games):
         cells = envs.GAMES["stag-hunt"]
         if game != "stag-hunt":
             cells = [tuple(map(int, cell.split(","))) for cell in game.split()]
         # Of 20 rounds; the opponent plays D.
-        cooperations = int(row["C|C"]) + int(row["C|D"])
+        cooperations = counts(row)["C|C"] + counts(row)["C|D"]
         total = cooperations * sum(cells[1]) + (20 - cooperations) * sum(cells[3])
         assert float(row["reward"]) == pytest.approx(total / 20, abs=1e-4)
         assert float(row["kl"]) == pytest.approx(0, abs=1e-5)  # the reference has the same prompts
-    assert {tuple(pair.split()) for pair in pairs} == set(permutations(["moon", "river", "K"], 2))
-    assert {*layouts} == {"rows", "both"} and {*wordings} == {"structured", "game"}
+    pairs = {tuple(shlex.split(row["actions"])) for row in rows}
+    assert pairs == set(permutations(["moon", "river", "K"], 2))
+    assert {row["layout"] for row in rows} == {"rows", "both"}
+    assert {row["prompt"] for row in rows} == {"structured", "game"}
     assert 6 < games.count("stag-hunt") < 18
 
     condition = Condition("stag-hunt", ("moon", "river"), "rows", "structured")
@@ -285,13 +296,13 @@ def test_two_learners(tmp_path):
     out, reward = tmp_path / "run", "game+deontological"
     result = run_training(out, "--reward", reward, "--opponent", "learner", *LEARN)
     rows = read_metrics(out)
-    for side in ("", "opponent "):
-        policy = result[f"{side}policy_after".replace(" ", "_")]
+    for side in ("", "opponent_"):
+        policy = result[f"{side}policy_after"]
         for state, best in zip(STATES, (1, 0, 1, 0)):
             assert abs(policy[state] - best) <= 0.05
         assert float(rows[-1][f"{side}reward"]) == pytest.approx(2, abs=0.1)
         for row in rows:
-            assert sum(int(row[f"{side}{kind}"]) for kind in ACTION_TYPES) == 1024 * 5
+            assert sum(counts(row, side).values()) == 1024 * 5
     assert (out / ADAPTER).read_bytes() != (out / "opponent" / ADAPTER).read_bytes()
 
 
@@ -312,24 +323,25 @@ def test_a_learning_opponent_reads_is_paid_and_is_judged_from_its_own_side(tmp_p
     rows = read_metrics(tmp_path / "run")
     for row in rows:
         mine = envs.memory_one(list(probabilities(row).values()))
-        theirs = envs.memory_one(list(probabilities(row, "opponent ").values()))
-        accuracy = moral_accuracy("game", mine, payoffs, replies=envs.replies(theirs))
+        theirs = envs.memory_one(list(probabilities(row, "opponent_").values()))
+        facing = envs.replies(theirs)
+        accuracy = moral_accuracy("game", mine, payoffs, SETTINGS, facing)
         assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-4)
-        view = envs.other_side(payoffs)
-        accuracy = moral_accuracy("game", theirs, view, replies=envs.replies(mine))
-        assert float(row["opponent accuracy"]) == pytest.approx(accuracy, abs=1e-4)
-        assert row["reward"] != row["opponent reward"]
+        view = payoff_matrix(game, side=1)
+        accuracy = moral_accuracy("game", theirs, view, SETTINGS, envs.replies(mine))
+        assert float(row["opponent_accuracy"]) == pytest.approx(accuracy, abs=1e-4)
+        assert row["reward"] != row["opponent_reward"]
     assert probabilities(rows[0]) == pytest.approx(result["policy_before"], abs=1e-5)
-    theirs = probabilities(rows[0], "opponent ")
+    theirs = probabilities(rows[0], "opponent_")
     assert theirs == pytest.approx(result["opponent_policy_before"], abs=1e-5)
 
     model, tokenizer = load_model("tiny", "cpu")
-    players = [player_of(model, tokenizer, condition, second=second) for second in (False, True)]
+    players = [player_of(model, tokenizer, condition, side=side) for side in (0, 1)]
     seen = envs.play(np.random.default_rng(1), *players, 16, 5)
     points = payoffs[seen[0].move, seen[1].move].mean(axis=(0, 1))
-    for side, own, mean in zip(("", "opponent "), seen, points):
+    for side, own, mean in zip(("", "opponent_"), seen, points):
         assert float(rows[0][f"{side}reward"]) == pytest.approx(mean, abs=1e-5)
-        assert {kind: int(rows[0][side + kind]) for kind in ACTION_TYPES} == envs.action_counts(own)
+        assert counts(rows[0], side) == envs.action_counts(own)
     assert envs.action_counts(seen[0]) != envs.action_counts(seen[1])
 
 
@@ -341,15 +353,14 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     assert result["policy_before"] == pytest.approx(trained, abs=1e-6)
     first = read_metrics(tmp_path / "run")[0]
     assert float(first["kl"]) > 1e-4  # the reference is the base model, not where it starts
-    [player], opponent, _ = train.setup(parse("--opponent", str(runs / "a"), "--checkpointing"))
-    assert player.policy.model.model.layers[0].training  # so it checkpoints
-    frozen = opponent(Condition())
+    _, opponent, _ = train.setup(parse("--opponent", str(runs / "a"), "--checkpointing"))
+    frozen = opponent.player(Condition())
     assert by_state(frozen, C) == pytest.approx(trained, abs=1e-6)
     assert frozen.shape == (4, 4, 3)  # free in training, it may answer illegally here, too
 
 
-def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch, capsys):
-    """Signals are not handled there, a network mount knows no modes, verbosity is the caller's."""
+def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch):
+    """As in a server of notebooks; a network mount knows no modes; verbosity is the caller's."""
     for name in ("chmod", "fchmod", "utime", "chown"):
         monkeypatch.setattr(os, name, Mock(side_effect=PermissionError))
     options = ["--layout", "both", "--prompt", "unstructured", "poetic", *SHORT]
@@ -359,8 +370,6 @@ def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch, capsys):
         pool.submit(run_training, tmp_path / "run", "--reward", "game", *options).result()
     assert logging.get_verbosity() == 17 and logging.is_progress_bar_enabled()
     logging.set_verbosity(level)
-    again = f"evaluate.py {tmp_path / 'run'} --layout both --prompt unstructured"
-    assert capsys.readouterr().out.splitlines()[-1].endswith(again)
 
 
 # What is typed, and behind the bar a part of the line that refuses it, which names the option, too.
@@ -369,15 +378,15 @@ BAD_OPTIONS = """\
 --until 0.9 --actions random|vary; --episodes 256 --reward game utilitarian|phase; \
 --model no/such-model|no/such-model; --game ipd poker|random; --game 1 2 3 4 5 6 7 8.5|eight; \
 --game 1 2 3 4 5 6 7 chicken|eight; --opponent nobody|tit-for-tat; \
---opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|differ; \
+--opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|twice; \
 --actions '' A|non-empty; --actions B moon moon7|told apart; \
 --actions '<end_of_turn>' moon|special; --actions \u4e2d moon|unknown; \
 --resume nowhere|not a run folder""".split("; ")
-BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --prompt haiku; --episodes 0; \
+BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --episodes 0; \
 --episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
 --lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target \
 -1; --gamma 1.1; --seed -1; --device abacus; --seed 99999999999999999999; --device meta; --dtype \
-int8; --save-every 0; --init nowhere""".split("; ")
+int8; --save-every -1; --init nowhere; --prompt haiku""".split("; ")
 
 
 @pytest.mark.parametrize("typed", ["|--reward", *BAD_OPTIONS, *(f"{bad}|" for bad in BAD_VALUES)])
@@ -395,7 +404,7 @@ def test_bad_options(typed, capsys, tmp_path):
 @pytest.mark.parametrize("wordings", [["odd"], ["structured", "odd"]])
 def test_a_wording_of_a_fork_with_a_slip(wordings, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(envs.TEMPLATES, "odd", "{frist} or {second}?")
-    with refused(capsys, "--prompt", "this one has frist second"):
+    with refused(capsys, "--prompt", "no field {frist}"):
         run_training(tmp_path / "run", "--reward", "game", "--prompt", *wordings)
 
 
@@ -435,3 +444,49 @@ def test_help_and_errors_come_from_the_script_itself():
     failed = subprocess.run([*command, "--reward", "x"], check=False, **settings)
     assert failed.returncode == 2 and failed.stdout == ""
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_wording_in_a_file_is_kept_whole(tmp_path):
+    """In the settings, in metrics.csv, and after a resume."""
+    text = 'Now "{first}",\nor {second}? Your answer:'
+    (tmp_path / "mine.txt").write_text(text)
+    run_training(
+        tmp_path / "run", "--reward", "game", *SHORT, "--prompt", str(tmp_path / "mine.txt")
+    )
+    assert read_json(tmp_path / "run" / "config.json")["prompt"] == [text]
+    assert {row["prompt"] for row in read_metrics(tmp_path / "run")} == {text}
+
+
+def test_the_penalty_may_fall(tmp_path):
+    """Linearly, as the learning rate does: it is used in full in the first update."""
+    options = "--kl-coef 0.4 --kl-final 0.1 --kl-target 0 --episodes 48 --batch 16".split()
+    run_training(tmp_path / "run", "--reward", "game", *options)
+    used = [float(row["kl_coef"]) for row in read_metrics(tmp_path / "run")]
+    assert used == pytest.approx([0.4, 0.3, 0.2])
+
+
+@pytest.mark.parametrize("place", ["fields", "reward", "learner"])
+def test_a_bug_is_a_traceback_and_leaves_no_folder(place, tmp_path, monkeypatch):
+    """Whatever kind of exception it is; then the corrected command runs."""
+
+    def bug(*_, **__):
+        raise KeyError("mine")
+
+    with monkeypatch.context() as patch:
+        if place == "fields":
+            patch.setattr(envs, "fields", bug)
+        elif place == "reward":
+            patch.setitem(rewards.REWARDS, "game", bug)
+        else:
+            patch.setattr(Learner, "adapt", bug)
+        with pytest.raises(KeyError, match="mine"):
+            run_training(tmp_path / "run", "--reward", "game", *SHORT)
+    assert not (tmp_path / "run").exists()
+    run_training(tmp_path / "run", "--reward", "game", *SHORT)
+
+
+def test_out_of_memory_keeps_its_traceback_and_says_what_takes_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "update", Mock(side_effect=torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        run_training(tmp_path / "run", "--reward", "game", *SHORT)
+    assert "--checkpointing" in error.value.__notes__[0]
