@@ -49,7 +49,43 @@ PAPER = {
     "kl_coef": 0.2,
 }
 
-RECIPES = ("quick", "paper")
+# What varies in training carries over: games, some of them such that simple rules fail, names, and
+# layouts. The penalty keeps an agent undecided until it can read, then it falls. docs/TRANSFER.md
+# tells how these were found.
+VARIED = {
+    "until": 1.0,
+    "opponent": ["random"],
+    "sampling": "constrained",
+    "prompt": ["brief"],
+    "game": ["ipd", "contested", "random"],
+    "kl_target": 0.0,
+    "rank": 16,
+    "alpha": 32.0,
+    "epochs": 1,
+}
+MORAL = {
+    **VARIED,
+    "actions": ["random"],
+    "layout": ["original", "rows", "columns"],
+    "episodes": 10_240_000,
+    "batch": 1024,
+    "lr": 1e-3,
+    "kl_coef": 0.3,
+    "kl_final": 0.0,
+}
+# Letters: a model that was taught nothing here has no preference among them.
+MORAL_OTHER = {
+    **VARIED,
+    "actions": list("EFGHJLMNOPQRSTUVWZ"),
+    "layout": ["original", "rows", "columns", "both"],
+    "episodes": 384_000,
+    "batch": 256,
+    "lr": 1e-4,
+    "kl_coef": 0.4,
+    "kl_final": 0.05,
+}
+
+RECIPES = ("quick", "paper", "moral")
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 
 
@@ -57,6 +93,8 @@ def preset(recipe, model):
     """The settings of a recipe for a model: dict."""
     if recipe == "paper":
         return PAPER
+    if recipe == "moral":
+        return MORAL if model == "tiny" else MORAL_OTHER
     return EMBEDDED if model == "tiny" else OTHER
 
 
@@ -81,7 +119,7 @@ def train_parser(description):
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    option("--recipe", "quick, or the paper's", choices=RECIPES, default="quick")
+    option("--recipe", "of settings, see options.py", choices=RECIPES, default="quick")
     option("--game", envs.game_words(), metavar="GAME", default=["ipd"], nargs="+")
     option("--opponent", envs.opponent_words(), default=["tit-for-tat"], nargs="+")
     option("--sampling", sampling, choices=("constrained", "free"))

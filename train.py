@@ -274,8 +274,8 @@ def train(args, agents, opponent, folder, state):
         # A penalty that keeps an agent undecided while it learns may fall, so that it ends up sure.
         if args.kl_final is not None:
             for agent in agents:
-                fallen = (args.kl_coef - args.kl_final) * update / total
-                agent.learner.kl_coef = args.kl_coef - fallen
+                change = (args.kl_final - args.kl_coef) * update / total
+                agent.learner.kl_coef = args.kl_coef + change
 
         # Draw what is played in this update: the game, the action names, their layout and wording.
         condition = choices.draw(rng)

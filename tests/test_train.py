@@ -122,7 +122,8 @@ def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
 
 UNTIL = {"": 0.97, "--until 0.9": 0.9, "--game 3 3 0 4 4 0 1 1": 0.97}  # eight words, one game
 NEVER = """--model tiny; --until 1; --recipe paper; --actions random --until 1; \
---layout rows both; --prompt poetic choice; --game random; --game ipd chicken; --gamma 0.5""".split("; ")
+--layout rows both; --prompt poetic choice; --game random; --game ipd chicken; \
+--gamma 0.5""".split("; ")
 
 
 @pytest.mark.parametrize("options, until", [*UNTIL.items(), *((never, 1) for never in NEVER)])
