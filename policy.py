@@ -152,8 +152,8 @@ def checkpoint_layers(model):
 
 def write_chats(tokenizer, chats, **settings):
     """Chats as the tokenizer's template writes them, on a fixed date: list of str."""
-    template = TODAY + tokenizer.get_chat_template()
     try:
+        template = TODAY + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(
             chats, tokenize=False, chat_template=template, **settings
         )
@@ -384,6 +384,7 @@ def check_runs(model, trie):
 @torch.no_grad()
 def check_causal(policy, trie):
     """Raise InputError if a plain forward pass over prompt and answer disagrees with the table."""
+    table = policy.reference(trie)
     # The last one in the trie: what it shares with the others stands far from the rest of it.
     row = max(trie.rows, key=trie.prompts.__getitem__)
     prompt = trie.prompts[row]
@@ -395,7 +396,7 @@ def check_causal(policy, trie):
     for scores, (q, token) in zip(logits[len(prompt) - 1 :], trie.paths[-1]):
         shared = scores if policy.free else scores[trie.children[q]]
         expected += (scores[token] - torch.logsumexp(shared, dim=-1)).item()
-    difference = abs(policy.reference(trie)[row, len(trie.paths) - 1].item() - expected)
+    difference = abs(table[row, len(trie.paths) - 1].item() - expected)
     if difference > (0.01 if policy.model.dtype == torch.float32 else 0.5):
         rule = "it must be a causal decoder that takes the positions and the mask that it is given"
         raise InputError(f"its answers differ by {difference:.2g} nats from plain ones: {rule}")

@@ -13,11 +13,14 @@ from transformers import AutoTokenizer
 
 import conftest
 import policy as policies
+import trie as tries
 from conftest import CONFIGS, ROOT, adapted_policy, plain_passes, random_model
 from envs import Condition, build_prompts
+from errors import InputError
 from lora import add_adapter
-from policy import Policy, Trie, checkpoint_layers, encode
+from policy import Policy, checkpoint_layers, encode
 from ppo import Learner
+from trie import Trie
 
 TEXTS, ANSWERS = conftest.shared_prefix_texts()
 
@@ -54,7 +57,7 @@ def test_forward_and_backward_equal_plain_passes(kind, free):
 def test_the_embedded_model_equals_plain_passes(free, tiny):
     names = ("moon7", "moonlit")  # several tokens each, and the first one in common
     policy = Policy(*tiny, None, free)
-    texts = build_prompts(Condition(names=names))
+    texts = build_prompts(Condition(actions=names))
     trie = policy.trie(texts, names)
     assert len(trie.prompts) == 16 and policy.trie(texts, names) is trie
     with torch.no_grad():
@@ -110,13 +113,13 @@ def test_checkpointing_changes_nothing_but_the_memory(kind):
 
 def test_a_layer_that_does_not_run_has_a_gradient_of_zero():
     model = random_model("llama")
-    model.unused = torch.nn.Linear(4, 4)
+    model.model.unused = torch.nn.Linear(4, 4)
     add_adapter(model, "player", 4, 8)
     policy = Policy(model, None, "player")
     policy(Trie(TEXTS, ANSWERS))[0].sum().backward()
     norms = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
     assert policy.sum_gradients() == pytest.approx(math.hypot(*norms))
-    assert all((getattr(model.unused, name)["player"].grad == 0).all() for name in "AB")
+    assert all((getattr(model.model.unused, name)["player"].grad == 0).all() for name in "AB")
 
 
 def test_saved_and_loaded(tmp_path):
@@ -130,7 +133,7 @@ def test_saved_and_loaded(tmp_path):
     other.load(tmp_path, value_head=True)
     assert torch.equal(other(trie)[1], policy(trie)[1])
     conftest.change_tensors(tmp_path / "value_head.safetensors", lambda t: {k: t[k] / 0 for k in t})
-    with pytest.raises(ValueError, match=r"value_head.*not finite"):
+    with pytest.raises(InputError, match=r"value_head.*not finite"):
         other.load(tmp_path, value_head=True)
 
 
@@ -159,14 +162,14 @@ def test_prompts_with_little_in_common_are_packed_apart():
 def test_prompts_are_dealt_out(monkeypatch):
     """Each to one of the processes, and those that have most in common to the same one."""
     prompts = [[i % 2, i] for i in range(6)]
-    monkeypatch.setattr(policies.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(tries.distributed, "is_initialized", lambda: True)
     for processes, shares in ((2, [[0, 2, 4], [1, 3, 5]]), (4, [[0, 2], [1, 4], [3], [5]])):
-        monkeypatch.setattr(policies.distributed, "get_world_size", lambda n=processes: n)
+        monkeypatch.setattr(tries.distributed, "get_world_size", lambda n=processes: n)
         for rank, rows in enumerate(shares):
-            monkeypatch.setattr(policies.distributed, "get_rank", lambda n=rank: n)
-            assert policies.own_rows(prompts) == rows
-    with pytest.raises(ValueError, match="processes than the 3 prompts"):
-        policies.own_rows(prompts[:3])
+            monkeypatch.setattr(tries.distributed, "get_rank", lambda n=rank: n)
+            assert tries.share_of_process(prompts) == rows
+    with pytest.raises(InputError, match="processes than the 3 prompts"):
+        tries.share_of_process(prompts[:3])
 
 
 def test_boundary_of_the_embedded_model(tiny):
@@ -208,7 +211,7 @@ def test_names_whose_tokens_cannot_be_answers(tiny):
         (tiny[1], ("moon", "<pad>"), "unknown or special"),
         (glued, ("7", "K"), "not the same after every prompt"),  # it goes on the word before it
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(InputError, match=words):
             encode(tokenizer, ["Hi.", "moon"], names)
 
 
@@ -316,8 +319,8 @@ MODELS = {  # what is done to a model folder -> words of the line that refuses i
     "weights that are not finite": (first_matrix(lambda matrix: matrix / 0), "not finite"),
     "an encoder": (other_class("BertLMHeadModel", **SMALL), "nats causal"),
     "positions of its own": (other_class("BartForCausalLM", **BART), "nats positions"),
-    "ALiBi": (other_class("FalconForCausalLM", alibi=True, **SMALL), "attention kind"),
-    "ALiBi, unasked": (other_class("BloomForCausalLM", **SMALL), "attention kind"),
+    "ALiBi": (other_class("FalconForCausalLM", alibi=True, **SMALL), "Falcon ALiBi"),
+    "ALiBi, unasked": (other_class("BloomForCausalLM", **SMALL), "Bloom ALiBi"),
     "a recurrence": (other_class("MambaForCausalLM", **SMALL), "layers linear_attention plain"),
     "no default among named templates": (named("tool_use", "rag"), "default"),
     "a cut file": (lambda at: conftest.cut_file(at / "model.safetensors", 1000), "cannot load"),
@@ -332,7 +335,7 @@ MODELS = {  # what is done to a model folder -> words of the line that refuses i
 }
 TEMPLATES = {
     "{{ raise_exception('a system turn first') }}": "a system turn first",
-    "{% for %}": "cannot load",
+    "{% for %}": "template fails",
     TURN.replace("m['content']", "m['content'][0]['text']"): "leaves a turn out",
     TURN.replace("m['content']", "m['content'] | upper"): "changes its text",
     "{{ messages[0]['content'] }}": "leaves a turn out",  # the assistant's
