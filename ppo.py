@@ -73,6 +73,11 @@ def gae(rewards, values, gamma):
     return advantages
 
 
+def whiten(x):
+    """x with mean 0 and standard deviation 1."""
+    return (x - x.mean()) / (x.std(unbiased=False) + 1e-8)
+
+
 class Learner:
     """A policy that learns, and what changes in training besides its weights.
 
@@ -110,23 +115,19 @@ class Learner:
         action = torch.from_numpy(action)
         reward = torch.from_numpy(reward.astype(float))
         old_log_probs = table[0].detach()
-        old_values = table[1].detach()
         old_log_prob = old_log_probs[prompt, action]
-        old_value = old_values[prompt]
+        old_value = table[1].detach()[prompt]
 
         # Reward: scaled by the mean and standard deviation of all so far, earlier phases included.
-        scaled = self.moments.normalise(reward)
-
         # KL penalty: log pi - log pi_ref of what was answered, a sample of KL(pi || pi_ref).
         kl_sample = old_log_prob - self.policy.reference(trie)[prompt, action]
-        penalised = scaled - self.kl_coef * kl_sample
+        penalised = self.moments.normalise(reward) - self.kl_coef * kl_sample
 
-        # Advantage: how much better the return was than predicted. The value learns the return. The
-        # policy learns from the advantage whitened; from here on all is float32, as the table is.
+        # Advantage: how much better the return was than predicted. The value learns the return, the
+        # policy the advantage, whitened; from here on all is float32, as the table is.
         advantage = gae(penalised, old_value, self.gamma)
         target = (advantage + old_value).float()
-        whitened = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
-        whitened = whitened.float()
+        whitened = whiten(advantage).float()
 
         for epoch in range(self.epochs):
             if epoch > 0 or not table[0].requires_grad:
@@ -142,8 +143,9 @@ class Learner:
             # Value loss (Schulman, eq. 9), clipped around the old value, as in TRL.
             value = values[prompt]
             clipped_value = value.clamp(old_value - CLIP, old_value + CLIP)
-            error = torch.max((value - target) ** 2, (clipped_value - target) ** 2)
-            value_loss = 0.5 * error.mean()
+            value_loss = (
+                0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
+            )
 
             # Gradient, with the adapter active: checkpointed layers run again in the backward pass.
             self.optimizer.zero_grad()
@@ -151,26 +153,19 @@ class Learner:
                 (policy_loss + VF_COEF * value_loss).backward()
             norm = self.policy.sum_gradients()
 
-            # Step: not with numbers that are not finite, nor when the policy has moved too far from
-            # the one that played.
+            # Step: not if a number is not finite, nor far from the policy that played.
             finite = math.isfinite(policy_loss.item() + value_loss.item() + norm)
             if not finite or ratio.mean() > RATIO_THRESHOLD:
                 break
             self.optimizer.step()
 
-        # Report, and adapt beta to the KL that was sampled.
-        stats = self.report(trie, old_log_probs.double(), prompt)
-        stats["policy_loss"] = policy_loss.item()
-        stats["value_loss"] = value_loss.item()
-        stats["ratio"] = ratio.mean().item()
-        stats["clipped"] = ((ratio - 1).abs() > CLIP).double().mean().item()
-        stats["explained_variance"] = (1 - (target - old_value).var() / target.var()).item()
+        stats = self.report(trie, old_log_probs, prompt, ratio, policy_loss, value_loss)
         self.adapt(kl_sample, finite)
-        stats["skipped"] = self.skipped
-        return stats
+        stats["explained_variance"] = (1 - (target - old_value).var() / target.var()).item()
+        return {**stats, "skipped": self.skipped}
 
-    def report(self, trie, log_probs, prompt):
-        """What is logged of an update: dict of floats. `update` adds the last six.
+    def report(self, trie, log_probs, prompt, ratio, policy_loss, value_loss):
+        """What is logged of an update: dict of floats; `update` adds the last two.
 
         kl:      of the table, exact, in nats, mean over the rounds played
         entropy: of the table, in nats, mean over the rounds played
@@ -180,12 +175,17 @@ class Learner:
         explained_variance: how much of the targets the old values knew (1: all)
         skipped: updates so far that were left out, for a number that is not finite
         """
+        log_probs = log_probs.double()
         exact_kl = (log_probs.exp() * (log_probs - self.policy.reference(trie))).sum(dim=1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
         return {
             "kl": exact_kl[prompt].mean().item(),
             "entropy": entropy[prompt].mean().item(),
             "kl_coef": self.kl_coef,
+            "policy_loss": policy_loss.item(),
+            "value_loss": value_loss.item(),
+            "ratio": ratio.mean().item(),
+            "clipped": ((ratio - 1).abs() > CLIP).double().mean().item(),
         }
 
     def adapt(self, kl_sample, finite):

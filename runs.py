@@ -283,7 +283,10 @@ def mean_and_interval(values):
     paper has 1.96 s / sqrt(n), which is too narrow for a few seeds.)
     """
     if isinstance(values[0], dict):
-        return {key: mean_and_interval([value[key] for value in values]) for key in values[0]}
+        leaves = {}
+        for key in values[0]:
+            leaves[key] = mean_and_interval([value[key] for value in values])
+        return leaves
     if None in values:
         return {"mean": None, "ci95": None}
     n = len(values)

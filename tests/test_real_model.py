@@ -26,7 +26,8 @@ def real():
     torch.manual_seed(1)
     for parameter in adapter_parameters(model, "player")[1::2]:
         torch.nn.init.normal_(parameter, std=0.003)
-    texts, names = build_prompts(Condition()), Condition().names
+    texts = build_prompts(Condition())
+    names = Condition().actions
 
     def policy(free):
         policy = Policy(model, tokenizer, "player", free)

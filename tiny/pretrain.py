@@ -263,7 +263,7 @@ def decisions(model, tokenizer):
         both = []
         for free in (False, True):
             policy = Policy(model, tokenizer, None, free)
-            trie = policy.trie(build_prompts(Condition(names=names)), names)
+            trie = policy.trie(build_prompts(Condition(actions=names)), names)
             both.append(policy.probabilities(trie).mean(axis=0))
         measured[" ".join(names)] = both[0][C], both[1][ILLEGAL]
     return measured
