@@ -257,25 +257,11 @@ def train(args, agents, opponent, folder, state):
     choices = read_choices(args)
     before = state.get("before") or [agent.player(choices.first()).tolist() for agent in agents]
     *starts, total = phases(args)
-    done = state.get("updates", 0)
-    falling = choices.varies() and args.recipe != "paper"
-    hidden = None if runs.is_first() else True  # None: hidden only where stderr is no terminal
-    progress = tqdm(range(done, total), "update", total, initial=done, disable=hidden)
+    progress = progress_bar(state.get("updates", 0), total)
     for update in progress:
         reward = args.reward[bisect_right(starts, update) - 1]
         episodes = min(args.batch, args.episodes - update * args.batch)
-
-        # Where conditions vary the learning rate decays linearly; else a late noisy step can undo
-        # what was learned.
-        if falling:
-            for agent in agents:
-                agent.learner.set_lr(args.lr * (1 - update / total))
-
-        # A penalty that keeps an agent undecided while it learns may fall, so that it ends up sure.
-        if args.kl_final is not None:
-            for agent in agents:
-                change = (args.kl_final - args.kl_coef) * update / total
-                agent.learner.kl_coef = args.kl_coef + change
+        anneal(args, agents, choices, update, total)
 
         # Draw what is played in this update: the game, the action names, their layout and wording.
         condition = choices.draw(rng)
@@ -301,22 +287,35 @@ def train(args, agents, opponent, folder, state):
         # Learn: look up what each round was worth, by the moral formula; then PPO on these rounds.
         row = describe_update(update, update * args.batch + episodes, reward, condition)
         for agent in agents:
-            log = {"accuracy": accuracies[agent.side]}
-            log.update(learn(agent, tries, tables, seen, reward, condition.game, vars(args)))
-            log.update({f"p_C_after_{s}": p for s, p in by_state(players[agent.side], C).items()})
-            prefix = "opponent_" if agent.side == 1 else ""
-            row.update({f"{prefix}{key}": value for key, value in log.items()})
+            log = learn(agent, tries, tables, seen, reward, condition.game, vars(args))
+            log["accuracy"] = accuracies[agent.side]
+            add_columns(row, log, players[agent.side], agent.side)
         tables.clear()  # their graphs hold memory that the next pass needs
         progress.set_postfix_str(PROGRESS.format_map(row), refresh=False)
         with about("--out"):
             folder.log(row)
-            # What is saved is good: no update is being skipped for numbers that are not finite.
-            good = not any(agent.learner.skipped_in_a_row for agent in agents)
-            if good and runs.is_first() and folder.is_due(args.save_every):
-                state = {"updates": update + 1, "rng": rng.bit_generator.state, "before": before}
-                folder.save([agent.learner for agent in agents], state)
+            save(args, agents, folder, updates=update + 1, rng=rng, before=before)
     after = [agent.player(choices.first()) for agent in agents]
     return [np.array(player) for player in before], after
+
+
+def progress_bar(done, total):
+    """The numbers of the updates that are left, shown by the first process on a terminal."""
+    hidden = None if runs.is_first() else True  # None: hidden only where stderr is no terminal
+    return tqdm(range(done, total), "update", total, initial=done, disable=hidden)
+
+
+def anneal(args, agents, choices, update, total):
+    """Set the learning rate and beta for an update."""
+    for agent in agents:
+        # Where conditions vary the rate decays linearly; else a late noisy step can undo what was
+        # learned.
+        if choices.varies() and args.recipe != "paper":
+            agent.learner.set_lr(args.lr * (1 - update / total))
+        # A penalty that keeps an agent undecided while it learns may fall, so that it ends up sure.
+        if args.kl_final is not None:
+            change = (args.kl_final - args.kl_coef) * update / total
+            agent.learner.kl_coef = args.kl_coef + change
 
 
 def act(agents, condition):
@@ -364,6 +363,26 @@ def describe_update(update, episodes, reward, condition):
         "layout": condition.layout,
         "prompt": condition.prompt,
     }
+
+
+def add_columns(row, log, player, side):
+    """Add an agent's log, and its P(C) in each state, to the row of an update."""
+    prefix = "opponent_" if side == 1 else ""
+    for key, value in log.items():
+        row[f"{prefix}{key}"] = value
+    for state, p in by_state(player, C).items():
+        row[f"{prefix}p_C_after_{state}"] = p
+
+
+def save(args, agents, folder, updates, rng, before):
+    """Save all that --resume needs, in the first process, if --save-every is over.
+
+    What is saved is good: no update is being skipped for numbers that are not finite.
+    """
+    good = not any(agent.learner.skipped_in_a_row for agent in agents)
+    if good and runs.is_first() and folder.is_due(args.save_every):
+        state = {"updates": updates, "rng": rng.bit_generator.state, "before": before}
+        folder.save([agent.learner for agent in agents], state)
 
 
 def print_policies(before, after):
