@@ -18,6 +18,7 @@ APPENDED = re.compile(r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flag
 REPLACED = re.compile(
     r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
 )
+BEFORE = re.compile(r"In `(\w+\.py)`, before\s+`([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
 SHOWN = re.compile(
     r"^(?: {4}|.*&& )?"
     r"(python (?:train|evaluate|experiments/(?:figures|society|ask|drift))\.py [^\n]*)$"
@@ -28,10 +29,20 @@ SHOWN = re.compile(
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the project."""
-    left_out = shutil.ignore_patterns(".*", "tests", "docs", "runs", "results", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "fork", ignore=left_out)
-    return tmp_path / "fork"
+    """A copy of the project, with all changes of "Fork it"."""
+    folder = tmp_path / "fork"
+    left_out = shutil.ignore_patterns(".*", "runs", "results", "__pycache__", "*.png")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    appended = APPENDED.findall(README)
+    assert [file for file, _ in appended] == ["rewards.py", "envs.py"]
+    for file, snippet in appended:
+        with open(folder / file, "a") as target:
+            target.write("\n\n" + snippet)
+    [(file, line, snippet)] = BEFORE.findall(README)
+    text = (folder / file).read_text()
+    assert text.count(line) == 1
+    (folder / file).write_text(text.replace(f"    {line}", f"{snippet}    {line}"))
+    return folder
 
 
 def in_fork(fork, *command):
@@ -40,21 +51,16 @@ def in_fork(fork, *command):
 
 
 def test_every_command_and_snippet(fork):
-    """The changes of "Fork it" first, then all commands and snippets in their order.
+    """All commands and snippets in their order.
 
     Training is short. Left out are commands of a real model (Qwen/...) and of its run, and grids.
     """
-    changes = APPENDED.findall(README)
-    assert [file for file, _ in changes] == ["rewards.py", "envs.py"]
-    for file, snippet in changes:
-        with open(fork / file, "a") as target:
-            target.write("\n\n" + snippet)
     shown = []
-    pages = APPENDED.sub("", README) + REPLACED.sub("", PAPER)
+    pages = BEFORE.sub("", APPENDED.sub("", README)) + REPLACED.sub("", PAPER)
     for command, snippet in SHOWN.findall(pages):
-        if "Qwen/" not in command and "real/" not in command and "--paper" not in command:
+        if "Qwen/" not in command and "real/" not in command and "transfer" not in command:
             shown.append((command, snippet))
-    assert sum(snippet != "" for _, snippet in shown) == 1 and len(shown) >= 8
+    assert sum(snippet != "" for _, snippet in shown) == 2 and len(shown) >= 8
     # One process for all: to import torch takes as long as most of them.
     code = ["import glob, runpy, sys; sys.path.append('experiments')"]
     for command, snippet in shown:
@@ -64,6 +70,16 @@ def test_every_command_and_snippet(fork):
         code.append(snippet or "sys.argv = words; runpy.run_path(words[0], run_name='__main__')")
     in_fork(fork, sys.executable, "-c", "\n".join(code))
     assert (fork / "figures" / "training.png").exists()
+    # The reward's own parameter is the run's in training and in evaluation.
+    assert read_json(fork / "runs" / "averse" / "config.json")["envy"] == 2
+
+
+def test_a_pasted_fork_leaves_the_tests_green(fork):
+    """Those that look at all rewards, games, opponents, wordings and options, and at the files."""
+    names = ("house", "envs", "rewards", "readme")
+    files = [f"tests/test_{name}.py" for name in names]
+    quick = "not command and not fork and not relative"
+    in_fork(fork, sys.executable, "-m", "pytest", "-q", "-n0", "-k", quick, *files)
 
 
 def test_group_relative_advantage(fork):
@@ -81,13 +97,14 @@ def test_group_relative_advantage(fork):
 
 
 def test_every_option_in_the_readme_exists():
-    known = {"--nproc-per-node", "--check"}  # of torchrun, of ruff
+    [(_, _, snippet)] = BEFORE.findall(README)
+    known = {"--nproc-per-node", "--check"} | options(snippet)  # of torchrun, of ruff, of a fork
     for name in ("train", "evaluate", "experiments/figures", "experiments/paper"):
         command = [sys.executable, ROOT / f"{name}.py", "--help"]
         known |= options(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert options(README + PAPER) <= known
-    for reward in REWARDS:
-        assert f"`{reward}`" in README
+    table = re.findall(r"^\| `([\w+]+)` \|", README, flags=re.MULTILINE)
+    assert len(table) == 6 and {*table} <= {*REWARDS}
 
 
 def options(text):

@@ -9,10 +9,11 @@ import envs
 import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
 from errors import InputError
+from options import train_parser
 from rewards import REWARDS, moral_accuracy, optimum, reward_array
 
 IPD = payoff_matrix("ipd")
-SETTINGS = {"xi": 3.0, "illegal": -6.0}
+SETTINGS = vars(train_parser("").parse_args([]))  # also those that a fork's rewards read
 # P(C | CC), P(C | CD), P(C | DC), P(C | DD) in the Prisoner's Dilemma, whatever the opponent.
 # *: there is no reward either way.
 OPTIMA = {
@@ -39,9 +40,9 @@ def test_every_cell_of_the_prisoners_dilemma():
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("game", GAMES)
 def test_illegal_reward_and_xi(reward, game):
-    array = reward_array(reward, payoff_matrix(game), {"xi": 4, "illegal": -9})
+    array = reward_array(reward, payoff_matrix(game), {**SETTINGS, "xi": 4, "illegal": -9})
     assert (array[:, ILLEGAL] == -9).all()
-    change = array - reward_array(reward, payoff_matrix(game), {"xi": 3, "illegal": -9})
+    change = array - reward_array(reward, payoff_matrix(game), {**SETTINGS, "xi": 3, "illegal": -9})
     by_xi = np.zeros((4, 3, 2))
     if "deontological" in reward:
         by_xi[[0, 2], D] = -1  # states CC and DC: the opponent's last move was C
