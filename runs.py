@@ -177,15 +177,18 @@ def read_state(run):
         raise InputError(f"{run} is finished")
     path = run / STATE
     if not path.is_file():
-        raise InputError(f"{run} has no saved state: start it anew, with --overwrite")
+        raise InputError(f"{run} has no {STATE}: start it anew, with --overwrite")
     try:
         arrays = safetensors.load_file(path)
         with safetensors.safe_open(path, "np") as file:
             state = json.loads(file.metadata()["json"])
     except Exception as error:  # of the file system, of safetensors, of JSON
         raise InputError(f"cannot read {path}: {error!r}") from None
-    if {**state["settings"], "versions": None} != {**config, "versions": None}:
-        raise InputError(f"{run / 'config.json'} has other settings than {path}")
+    saved = state["settings"]
+    for key in saved.keys() | config.keys():
+        if saved.get(key) != config.get(key) and key != "versions":
+            change = f"{key} {config.get(key)}, it was saved with {saved.get(key)}"
+            raise InputError(f"{run / 'config.json'} has {change}")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise InputError(f"{path} has numbers that are not finite")
     return config, state, arrays

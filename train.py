@@ -167,6 +167,8 @@ def setup(args, saved=None):
     with about("--model"):
         for trie in tries:
             check_causal(agents[0].policy, trie)
+    for agent in agents:
+        agent.learner = new_learner(args, agent.policy)
     if saved:
         state, arrays = saved
         with about("--resume"):
@@ -198,15 +200,20 @@ def pack_prompts(args, model, tokenizer):
 
 
 def new_agent(args, model, tokenizer, name, side):
-    """An Agent that learns, with a new adapter of this name. Raises InputError."""
+    """An Agent with a new adapter of this name. Raises InputError."""
     from lora import add_adapter
     from policy import Policy
-    from ppo import Learner
 
     with about("--model"):
         add_adapter(model, name, args.rank, args.alpha)
-    policy = Policy(model, tokenizer, name, free=args.sampling == "free")
-    learner = Learner(
+    return Agent(Policy(model, tokenizer, name, free=args.sampling == "free"), side)
+
+
+def new_learner(args, policy):
+    """The PPO of an agent whose adapter is in place: a loaded one has parameters of its own."""
+    from ppo import Learner
+
+    return Learner(
         policy,
         lr=args.lr,
         epochs=args.epochs,
@@ -214,7 +221,6 @@ def new_agent(args, model, tokenizer, name, side):
         kl_target=args.kl_target,
         gamma=args.gamma,
     )
-    return Agent(policy, side, learner)
 
 
 def load_opponent(run, base, model, tokenizer):
@@ -462,7 +468,7 @@ def run(args, saved=None, path=None):
 def main(argv=None):
     try:
         args, saved = parse(argv)
-        with runs.processes(args.device or "", args.out) as path:
+        with runs.processes(args.device, args.out) as path:
             run(args, saved, path)
     except InputError as error:
         stop(error)

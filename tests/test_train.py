@@ -352,6 +352,7 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     options += ["--opponent", str(runs / "a"), "--init", str(runs / "a")]
     result = run_training(tmp_path / "run", *options)
     assert result["policy_before"] == pytest.approx(trained, abs=1e-6)
+    assert result["policy_after"] != pytest.approx(result["policy_before"], abs=1e-3)  # it goes on
     first = read_metrics(tmp_path / "run")[0]
     assert float(first["kl"]) > 1e-4  # the reference is the base model, not where it starts
     _, opponent, _ = train.setup(parse("--opponent", str(runs / "a"), "--checkpointing"))
