@@ -67,7 +67,7 @@ def test_ask(tiny, tmp_path, capsys, monkeypatch):
     ask.main([str(run), *options])
     printed, results = capsys.readouterr().out, read_json(path)
     assert list(results) == ["untuned", str(run)] and "passes" not in printed
-    condition = Condition("chicken", names, wording=wording, persona="deontological")
+    condition = Condition("chicken", names, prompt=wording, persona="deontological")
     actions = np.random.default_rng(0).random(4) >= player_of(*tiny, condition)[:, 0, 0]
     answers = [entry["answer"] for entry in results["untuned"]["states"]]
     assert answers == [names[int(action)] for action in actions]
@@ -92,5 +92,5 @@ def test_ask(tiny, tmp_path, capsys, monkeypatch):
         ask.main([str(which), "--sampling", "free", "--json", str(path), "--overwrite"])
         assert "stopped after 1 passes: others may have 0." in capsys.readouterr().out
         said.append([*read_json(path).values()])
-    prompts = encode(tiny[1], build_prompts(Condition(names=names)), names)[0][::ORDERS]
+    prompts = encode(tiny[1], build_prompts(Condition(actions=names)), names)[0][::ORDERS]
     assert said[0] == said[1] and read[0] == read[3] == prompts  # of free answers, both agents'

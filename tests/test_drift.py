@@ -26,7 +26,7 @@ def test_drift_is_that_of_the_plain_models(tiny, tmp_path, capsys):
     begins = damaged_model(tmp_path / "model", lambda _: None)
     change_json(tmp_path / "model" / "tokenizer.json", post_processor=BEGINS)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), run)
-    said = [player_of(*tiny, Condition(wording=w), free=True)[..., :2].sum(-1) for w in WORDINGS]
+    said = [player_of(*tiny, Condition(prompt=w), free=True)[..., :2].sum(-1) for w in WORDINGS]
     ids = tiny[1]((ROOT / "experiments" / "prose.txt").read_text())["input_ids"]
     for start, model in (([], "tiny"), ([2], begins)):
         kls, surprise, models = [], [], (tiny[0], tuned)
@@ -40,7 +40,9 @@ def test_drift_is_that_of_the_plain_models(tiny, tmp_path, capsys):
         results, printed = read_json(path), capsys.readouterr().out
         expected = [np.mean(kls), np.exp(np.mean(surprise)), np.mean(said)]
         for result in results["runs"]:
-            kl, perplexity, names, untuned = result["drift"].values()
+            measured = result["drift"]
+            kl, perplexity = measured["kl"], measured["perplexity"]
+            names, untuned = measured["names"], measured["names_untuned"]
             assert [kl, perplexity, untuned] == pytest.approx(expected, rel=1e-3)
             assert kl > 1e-4 and abs(names - untuned) > 1e-3
         assert "utilitarian (n=2)\n" in printed and f"{kl:.3f}±0.000" in printed

@@ -12,19 +12,20 @@ import learning
 import paper
 import train
 from conftest import ROOT, read_json, refused, run_training
-from runs import InputError, RunFolder, write_json
+from errors import InputError
+from runs import RunFolder, write_json
 
 
 def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
     """What is finished is skipped, what was interrupted is resumed, to the very bytes."""
-    options = ["--reward", "game", "--episodes", "24", "--batch", "8", "--save-every", "1"]
+    options = ["--reward", "game", "--episodes", "24", "--batch", "8", "--save-every", "0"]
     whole, stopped, new = outs = [tmp_path / name for name in ("whole", "stopped", "new")]
     run_training(whole, *options)
     save = RunFolder.save
 
-    def interrupt(folder, learners, updates, **state):
-        save(folder, learners, updates=updates, **state)
-        if updates == 2:
+    def interrupt(folder, learners, state):
+        save(folder, learners, state)
+        if state["updates"] == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "save", interrupt)
@@ -65,9 +66,9 @@ def test_markdown():
 
 @pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
 def test_the_grids_are_of_different_runs_named_after_them(model, tmp_path):
-    papers = paper.runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path)
+    papers = paper.list_runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path)
     counts = 6 * (5 + 2), 4 * 3 * 5 + 2 * 5 + 4 * 3 if model == "tiny" else 4 * 2 * 5
-    for grid_of, count in zip([papers, learning.runs(model, 5, tmp_path, [])], counts):
+    for grid_of, count in zip([papers, learning.list_runs(model, 5, tmp_path, [])], counts):
         settings = {}
         for out, options in grid_of:
             args, _ = train.parse([*map(str, options), "--out", "never-written"])
@@ -94,10 +95,12 @@ CASES = [  # is it right? rewards, what else the run has
 @pytest.mark.parametrize("right, rewards, own", CASES)
 def test_what_learning_calls_right(right, rewards, own, tmp_path):
     result = {"policy_after": RIGHT, "illegal_before": {"CC": 1}, "illegal_after": {"CC": 0.01}}
-    write_json(tmp_path / "config.json", {"base": "", "reward": rewards, "xi": own.get("xi", 3)})
+    settings = {"base": "", "sampling": "free", "reward": rewards, "illegal": -6}
+    write_json(tmp_path / "config.json", {**settings, "xi": own.get("xi", 3)})
     write_json(tmp_path / "result.json", result | {"seconds": 1.0} | own)
     rows = [(rewards[0], 0.9), (rewards[-1], own.get("switch", 0)), (rewards[-1], 0.9)]
-    lines = ["phase,P(C|DC),P(C|CC),P(C|CD),P(C|DD)", *(f"{word},{p},0,0,0" for word, p in rows)]
+    lines = ["phase," + ",".join(f"p_C_after_{state}" for state in ("DC", "CC", "CD", "DD"))]
+    lines += [f"{word},{p},0,0,0" for word, p in rows]
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
     line, verdict = learning.judge(tmp_path)
     assert verdict == right and line.endswith("ok" if right else "MISS")

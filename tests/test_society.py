@@ -5,13 +5,15 @@ import pytest
 
 import society
 from conftest import copy_run, player_of, read_json, refused, run_training
-from envs import STRATEGIES, Condition, memory_one, other_side, payoff_matrix, play
+from envs import STRATEGIES, Condition, memory_one, payoff_matrix, play
 from evaluate import shares, transitions
 from lora import load_adapter
 from policy import load_model
 from rewards import reward_array
 
 IPD = payoff_matrix("ipd")
+BOTH = [payoff_matrix("ipd", side) for side in (0, 1)]
+SETTINGS = {"illegal": -6.0}
 
 
 def test_textbook_meetings():
@@ -28,10 +30,10 @@ def test_textbook_meetings():
         (pavlov, all_d, 0.5, (4 + 2) / 2, False),  # exploited, then mutual defection
         (all_c, grudge, (3 + 0 + 0 + 0) / 4, (6 + 4 + 4 + 4) / 4, True),  # from before round 0 on
     ):
-        meeting = society.meet(memory_one(first), memory_one(second), 0.5, IPD, 5)
+        meeting = society.meet(memory_one(first), memory_one(second), 0.5, BOTH, 5, SETTINGS)
         assert (meeting["long_run"], meeting["total"]) == pytest.approx((points, total))
         assert meeting["depends_on_opening"] == depends
-    meeting = society.meet(memory_one(all_d), memory_one(all_c), 0.5, IPD, 5)
+    meeting = society.meet(memory_one(all_d), memory_one(all_c), 0.5, BOTH, 5, SETTINGS)
     assert list(meeting.values()) == pytest.approx([4, 4, 4, 0, False])  # its own 4, the other's 0
 
 
@@ -40,7 +42,8 @@ def test_exploitability():
     hand = {(1, 1, 1, 1): [4, 1], (0, 0, 0, 0): [1, 0], (1, 0, 1, 0): [3, 1]}  # points and gain
     for strategy in [*hand, (0.9, 0.2, 0.7, 0.4)]:
         player, played = memory_one(strategy), []
-        _, *best = society.exploitability(player, player, IPD).values()
+        found = society.exploitability(player, player, BOTH, SETTINGS)
+        best = [found["points"], found["gain"]]
         assert best == pytest.approx(hand.get(strategy, best))
     for reply in np.ndindex(2, 2, 2, 2):
         mine, theirs = play(np.random.default_rng(0), memory_one(reply), player, 100, 500)
@@ -66,11 +69,12 @@ def test_long_run_of_chains_that_are_hard_to_iterate():
 
 @pytest.mark.parametrize("outcomes", [2, 3])
 def test_long_run_is_what_long_matches_show(outcomes):
-    rng, chicken = np.random.default_rng(outcomes), payoff_matrix("chicken")
+    rng = np.random.default_rng(outcomes)
+    chicken = [payoff_matrix("chicken", side) for side in (0, 1)]
     player, other = (rng.dirichlet([1] * outcomes, size=(4, 4)) for _ in range(2))
     mine, theirs = play(rng, player, other, 400, 2_000)
-    points = reward_array("game", chicken)[mine.state, mine.action, theirs.move]
-    meeting = society.meet(player, other, 0.5, chicken, 5)
+    points = reward_array("game", chicken[0], SETTINGS)[mine.state, mine.action, theirs.move]
+    meeting = society.meet(player, other, 0.5, chicken, 5, SETTINGS)
     for key, seen in (("long_run", points[:, 100:].mean(1)), ("rounds", points[:, :5].mean(1))):
         assert abs(seen.mean() - meeting[key]) <= 4 * seen.std() / 20
 
@@ -97,13 +101,13 @@ def test_agents_meet_on_sides_of_their_own(tmp_path, capsys):
     # Its adapter, whether it is the second one, and whether it was trained with free sampling.
     agents = {"untuned": (None, 0, 0), str(run): ("agent", 0, 0), str(second): ("agent", 1, 1)}
     for (name, (adapter, side, _)), result in zip(agents.items(), results.values(), strict=True):
-        view = other_side(payoff_matrix(condition.game)) if side else payoff_matrix(condition.game)
-        own, across = (player_of(*base, condition, True, adapter, i) for i in (side, not side))
-        gain = society.exploitability(own, across, view, -1)["gain"]
+        views = [payoff_matrix(condition.game, i) for i in (side, 1 - side)]
+        own, across = (player_of(*base, condition, True, adapter, i) for i in (side, 1 - side))
+        gain = society.exploitability(own, across, views, {"illegal": -1})["gain"]
         assert result["exploitability"]["gain"] == pytest.approx(gain, abs=1e-5)
         for key, (its, _, free) in agents.items():
-            met = player_of(*base, condition, free, its, not side)
-            expected = society.meet(own, met, 0.5, view, 5, -1)
+            met = player_of(*base, condition, free, its, 1 - side)
+            expected = society.meet(own, met, 0.5, views, 5, {"illegal": -1})
             assert result["society"][key] == pytest.approx(expected, abs=1e-5)
         assert {*result["society"]} == {*STRATEGIES, *agents}
         cooperates, _, illegal = own.mean(axis=1).T  # an illegal answer repeats the last move
