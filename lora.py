@@ -140,10 +140,10 @@ def add_adapter(model, name, rank, alpha, paths=None):
 
 
 def coverage(model):
-    """On how much of the layers' weights LoRA sits: (share, names of the matrices without it).
+    """A line on how much of the layers' weights LoRA sits; "" if it is nearly all of them.
 
-    Experts of a mixture that are one three-dimensional tensor, for example, are no linear layers.
-    Embeddings and the output head are not counted.
+    Experts of a mixture that are one three-dimensional tensor, for example, are no linear layers:
+    they are neither adapted nor kept in 4 bits. Embeddings and the output head are not counted.
     """
     outside = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     counted = {id(tensor) for tensor in outside}
@@ -155,7 +155,11 @@ def coverage(model):
     for path, tensor in model.get_decoder().named_parameters():
         if tensor.ndim > 1 and id(tensor) not in counted:
             left_out[path] = tensor.numel()
-    return adapted / (adapted + sum(left_out.values())), list(left_out)
+    share = adapted / (adapted + sum(left_out.values()))
+    if share > 0.95:
+        return ""
+    largest = max(left_out, key=left_out.get)
+    return f"LoRA (and --dtype nf4) covers {share:.0%} of the layers' weights, not {largest} ...\n"
 
 
 def adapter_parameters(model, name):

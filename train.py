@@ -42,7 +42,7 @@ def parse(argv=None):
         return parse_resume(parser, given)
     if not given.reward:
         raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
-    parser.set_defaults(**options.preset(given.recipe, given.model))
+    parser.set_defaults(**options.preset(given.recipe, given.model, given.opponent))
     args = parser.parse_args(argv)
     with about("--prompt"):
         args.prompt = [envs.read_wording(word) for word in args.prompt]
@@ -436,10 +436,12 @@ def run(args, saved=None, path=None):
     """
     import torch
 
+    from lora import coverage
+
     path = path or args.out
-    resume = f"python train.py --resume {path}"
     try:
         agents, opponent, base = setup(args, saved)
+        print(coverage(agents[0].policy.model), end="")
         folder = runs.RunFolder(path, {**vars(args), **base})
         state = {}
         if saved:
@@ -449,7 +451,7 @@ def run(args, saved=None, path=None):
         before, after = train(args, agents, opponent, folder, state)
     except KeyboardInterrupt:
         if (path / runs.STATE).exists():
-            print(f"Stopped; to continue:  {resume}", file=sys.stderr)
+            print(f"Stopped; to continue:  python train.py --resume {path}", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         error.add_note("--checkpointing takes less memory, --dtype nf4 less again")

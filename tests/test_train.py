@@ -245,7 +245,7 @@ def test_any_causal_model_trains(kind, tmp_path, tiny):
     tiny[1].save_pretrained(folder)
     options = ["--reward", "utilitarian", "--model", str(folder), "--episodes", "2"]
     shown = ("sampling", "rank", "batch", "lr", "epochs")
-    defaults = {"": ("free", 16, 256, 3e-4, 1), "--recipe paper": ("free", 64, 1, 1.41e-5, 4)}
+    defaults = {"": ("free", 16, 256, 3e-4, 1), "--recipe paper": ("free", 64, 1, 1.41e-5, 1)}
     for extra, expected in defaults.items():
         run_training(tmp_path / "run", *options, *extra.split(), "--overwrite")
         config = read_json(tmp_path / "run" / "config.json")
@@ -492,3 +492,30 @@ def test_out_of_memory_keeps_its_traceback_and_says_what_takes_less(tmp_path, mo
     with pytest.raises(torch.OutOfMemoryError) as error:
         run_training(tmp_path / "run", "--reward", "game", *SHORT)
     assert "--checkpointing" in error.value.__notes__[0]
+
+
+# METHOD of the paper: episodes, one at a time, learning rate, optimizer steps, LoRA, beta, target.
+PAPER = {"episodes": 1000, "batch": 1, "lr": 1.41e-5, "epochs": 1, "rank": 64, "alpha": 32}
+PAPER |= {"kl_coef": 0.2, "kl_target": 6, "xi": 3, "illegal": -6, "sampling": "free", "until": 1}
+
+
+@pytest.mark.parametrize("opponent, rounds", [("tit-for-tat", 5), ("learner", 3)])
+@pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
+def test_the_papers_settings(model, opponent, rounds):
+    args = parse("--recipe", "paper", "--model", model, "--opponent", opponent)
+    assert {key: getattr(args, key) for key in PAPER} == PAPER and args.rounds == rounds
+    assert parse("--recipe", "paper", "--opponent", opponent, "--rounds", "7").rounds == 7
+
+
+def test_a_recipe_is_the_plain_options_that_it_stands_for(tmp_path):
+    """The same bytes; what the command line gives goes before it."""
+    recipe = "--reward utilitarian --recipe moral --episodes 16 --batch 8".split()
+    plain = (
+        "--reward utilitarian --opponent random --sampling constrained --prompt brief --kl-final 0 "
+        "--game ipd contested random --kl-target 0 --kl-coef 0.3 --rank 16 --alpha 32 --epochs 1 "
+        "--actions random --layout original rows columns --lr 1e-3 --episodes 16 --batch 8"
+    ).split()
+    for name, typed in (("a", recipe), ("b", plain)):
+        run_training(tmp_path / name, *typed)
+    for file in ("metrics.csv", ADAPTER, "value_head.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
