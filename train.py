@@ -181,11 +181,9 @@ def setup(args, saved=None):
 
 
 def pack_prompts(args, model, tokenizer):
-    """The Tries of the first game in all layouts and wordings, a list.
-
-    Raises InputError if the names cannot be told apart, or the model cannot run a trie.
-    """
-    from policy import Trie, check_runs, encode
+    """The Tries of the first game in all layouts and wordings, a list. Raises InputError."""
+    from policy import check_runs, encode
+    from trie import Trie
 
     choices = read_choices(args)
     first = choices.first()
