@@ -45,18 +45,25 @@ BINS = {"0-1": (0, 1), "1-2": (1, 2), "2-4": (2, 4), "more": (4, np.inf)}  # (ab
 
 
 class Cases(NamedTuple):
-    """N situations: each of the games with a pair of names, in both roles."""
+    """N situations: each of the games with a pair of names, in both roles.
 
-    conditions: list  # N Conditions
-    game: np.ndarray  # int [N], the number of the game
-    right: (
-        np.ndarray
-    )  # float [N, state], P(C) of what the reward asks for; NaN: it asks for nothing
-    difference: np.ndarray  # float [N, state], points between the two actions' expected rewards
-    rules: dict  # name -> float [N, state], P(C) of a rule; NaN where it does not decide
+    conditions: N Conditions
+    side:       on which the agent sits: 0 the player, 1 its opponent
+    game:       int [N], the number of the game
+    right:      float [N, state], P(C) of what the reward asks for; NaN: it asks for nothing
+    difference: float [N, state], points between the two actions' expected rewards
+    rules:      name -> float [N, state], P(C) of a rule; NaN where it does not decide
+    """
+
+    conditions: list
+    side: int
+    game: np.ndarray
+    right: np.ndarray
+    difference: np.ndarray
+    rules: dict
 
 
-def make_cases(test, config, wording=None):
+def make_cases(test, config, wording=None, side=0):
     """The Cases for a run with these settings. test: DEVELOPMENT or FINAL."""
     rng = np.random.default_rng(test["seed"])
     layouts = config["layout"]
@@ -74,22 +81,23 @@ def make_cases(test, config, wording=None):
     right = []
     difference = []
     for condition in conditions:
-        payoffs = payoff_matrix(condition.game)
+        payoffs = payoff_matrix(condition.game, side)
         expected = rewards.expected_rewards(reward, payoffs, config)
         right.append(rewards.optimum(reward, payoffs, config))
         difference.append(np.abs(expected[:, C] - expected[:, D]))
     return Cases(
         conditions=conditions,
+        side=side,
         game=np.array(numbers),
         right=np.array(right),
         difference=np.array(difference),
-        rules=simple_rules(conditions),
+        rules=simple_rules(conditions, side),
     )
 
 
-def simple_rules(conditions):
+def simple_rules(conditions, side):
     """What could be followed instead of a moral: name -> P(C), float [N, state 4]."""
-    payoffs = np.array([payoff_matrix(condition.game) for condition in conditions])
+    payoffs = np.array([payoff_matrix(condition.game, side) for condition in conditions])
     first_row = [LAYOUTS[condition.layout][0][0] for condition in conditions]
     by_game = {name: prefer(scores) for name, scores in envs.simple_scores(payoffs).items()}
     by_game["always C"] = np.ones(len(conditions))
@@ -125,10 +133,10 @@ def columns(cases, reward):
 
 
 def answers(players, run, cases, sampling):
-    """P(C) and P(D) of an agent in all cases: float [N, state, 2]."""
+    """P(C) and P(D) of an agent (run None: the untuned model) in all cases: float [N, state, 2]."""
     probabilities = []
     for condition in cases.conditions:
-        player = players.player(run, condition, players.side(run), sampling)
+        player = players.player(run, condition, cases.side, sampling)
         probabilities.append(player.mean(axis=1)[:, :ILLEGAL])
     return np.array(probabilities)
 
@@ -197,7 +205,7 @@ def test_run(players, run, test, sampling, wording=None):
     """All about one run: {"run", "reward", "agent", "untuned", "rules", "explained"}."""
     config = players.configs[run]
     reward = config["reward"][-1]
-    cases = make_cases(test, config, wording)
+    cases = make_cases(test, config, wording, side=players.side(run))
     tuned = answers(players, run, cases, sampling)
     result = {
         "run": str(run),

@@ -1,127 +1,229 @@
-"""transfer.py: each figure against a calculation of its own, and what its grid never shows."""
+"""transfer.py: rules followed exactly, each column by plain loops, games and names that are new."""
 
 from functools import cache
 
-import matplotlib.image
 import numpy as np
 import pytest
 
-import train
+import envs
+import options
 import transfer
-from conftest import copy_run, player_of, read_json, refused, run_training
-from envs import NAMES, Condition, action_names, payoff_matrix, random_game
-from evaluate import Players
-from rewards import REWARDS, moral_accuracy
+from conftest import player_of, read_json, refused, run_training
+from envs import Condition, payoff_matrix
+from lora import load_adapter
+from policy import load_model
+from wordings import LAYOUTS, NAMES, TEMPLATES
+
+SETTINGS = {"xi": 3.0, "illegal": -6.0, "layout": list(LAYOUTS), "prompt": ["brief"]}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of one update."""
-    out = tmp_path_factory.mktemp("transfer") / "run"
-    run_training(out, "--reward", "utilitarian", "--episodes", "256")
-    return out
+class HandMade:
+    """Players without a model: `act(condition, side)` is [state, order, outcome]."""
+
+    def __init__(self, act, **config):
+        self.act = act
+        self.configs = {"run": {**SETTINGS, **config}}
+
+    def side(self, run):
+        return 1 if run and self.configs[run].get("side") == "opponent" else 0
+
+    def player(self, run, condition, side, sampling):
+        return self.act(condition, side)
 
 
-def test_transfer(run, tiny, tmp_path, capsys, monkeypatch):
-    """Each column, for the untuned model and a trained run."""
-    monkeypatch.setattr(transfer, "NEW_GAMES", len(transfer.NEW_NAMES))
-    folder = tmp_path / "results"
-    transfer.main([str(run), "--results", str(folder)])
-    printed = capsys.readouterr().out
-    assert "untuned, by the utilitarian reward" in printed and "Not new" not in printed
-    results = read_json(folder / "transfer.json")
-    before = results["baseline"]["transfer"]
-
-    @cache
-    def player(*condition):
-        return player_of(*tiny, Condition(*condition))
-
-    def mean(reward, games, names, *words):
-        accuracies = []
-        for game, pair in zip(games, names):
-            own = player(game, pair, *words)
-            accuracies.append(moral_accuracy(reward, own, payoff_matrix(game)))
-        known = [value for value in accuracies if not np.isnan(value)]
-        return pytest.approx(np.mean(known)) if known else None  # None: no action is preferred
-
-    rng = np.random.default_rng(0)
-    games = [random_game(rng) for _ in range(transfer.NEW_GAMES)]
-    old, new, ipd = [("action1", "action2")], transfer.NEW_NAMES, ["ipd"] * 8
-    for reward in REWARDS:
-        assert before[reward] == {
-            "nothing": mean(reward, ipd, old, "original", "structured"),
-            "roles": mean(reward, ipd, [old[0][::-1]], "original", "structured"),
-            "names": mean(reward, ipd, new, "original", "structured"),
-            "layout": mean(reward, ipd, old, "both", "structured"),
-            "wording": mean(reward, ipd, old, "original", "unstructured"),
-            "game": mean(reward, games, old * 8, "original", "structured"),
-            "game, names, layout": mean(reward, games, new, "both", "structured"),
-            "all": mean(reward, games, new, "both", "unstructured"),
-        }
-    after, [_, group] = results["runs"][0]["transfer"]["utilitarian"], results["groups"]
-    assert after["nothing"] > before["utilitarian"]["nothing"] + 0.1
-    assert group["transfer"]["utilitarian"]["all"]["mean"] == after["all"]
-
-    # The table has a row for either, the picture too.
-    head, rule, *rows = (folder / "transfer.md").read_text().splitlines()
-    assert head == "| agent | " + " | ".join(after) + " |" and set(rule) == set("| -")
-    own = {"untuned, by the utilitarian reward": before["utilitarian"], "utilitarian": after}
-    for row, (name, leaves) in zip(rows, own.items(), strict=True):
-        cells = [f"{value:.2f}" for value in leaves.values()]
-        assert row == f"| {name} | " + " | ".join(cells) + " |"
-    for picture in ("transfer.png", "learning.png"):
-        assert matplotlib.image.imread(folder / picture).std() > 0.05
-    (point,), *_ = [line.get_xydata() for line in transfer.plot_learning(results).axes[0].lines]
-    assert point == pytest.approx([transfer.WINDOW / 2, before["utilitarian"]["nothing"]])
-
-    with refused(capsys, "--results", "transfer.json exists", "--overwrite"):
-        transfer.main([str(run), "--results", str(folder)])
+def cells(condition, side):
+    """Points (own, other's) after CC, CD, DC, DD as a side sees them."""
+    cc, cd, dc, dd = condition.game
+    return [cc[::-1], dc[::-1], cd[::-1], dd[::-1]] if side else [cc, cd, dc, dd]
 
 
-def test_transfer_of_odd_runs(run, tmp_path, capsys, monkeypatch):
-    """Neither action is better; something is not new; it sat on the other side of the game."""
-    monkeypatch.setattr(transfer, "NEW_GAMES", 2)
-    known = {"layout": ["original", "both"], "actions": ["action1", "action2", "K"]}
-    tied = copy_run(run, tmp_path / "tied", game=["bach-stravinsky"], **known)
-    transfer.main([str(tied), "--results", str(tmp_path / "results")])
-    assert f"Not new to {tied}: K both" in capsys.readouterr().out
-    results = read_json(tmp_path / "results" / "transfer.json")
-    accuracies = results["runs"][0]["transfer"]["utilitarian"]
-    assert accuracies["nothing"] is None and 0 < accuracies["game"] < 1  # 3 + 2 for either action
-    assert "| utilitarian | - |" in (tmp_path / "results" / "transfer.md").read_text()
+def follow(rule):
+    """The player whose P(C) is rule(points of C, points of D, condition, side, state)."""
 
-    # Here C is the better action of the first side, D that of the other.
-    points = "3 0 3 3 0 0 0 3".split()
-    side = copy_run(run, tmp_path / "side", game=points, side="opponent")
-    players, config = Players([side]), read_json(side / "config.json")
-    seen = players.player(side, transfer.training_condition(config), True, "constrained")
-    assert payoff_matrix(transfer.training_condition(config).game)[1, 1].tolist() == [0, 3]
-    accuracies = transfer.accuracies(players, side, config)
-    assert accuracies["game"]["nothing"] == pytest.approx(seen[..., 1].mean())
+    def act(condition, side):
+        cc, cd, dc, dd = cells(condition, side)
+        p = [float(rule([cc, cd], [dc, dd], condition, side, state)) for state in range(4)]
+        return np.stack([[[p_c, 1 - p_c, 0]] * 4 for p_c in p])
+
+    return act
 
 
-@pytest.mark.parametrize("model, count", [("tiny", 3 * (4 + 4 + 4 + 6)), ("some/hub", 3 * 4 * 2)])
-def test_the_grid_never_shows_what_is_new_at_test(model, count, tmp_path):
-    runs = list(transfer.training_grid(model, 3, tmp_path))
-    assert len(runs) == len({out for out, _ in runs}) == count
-    tested = {name for names in transfer.NEW_NAMES for name in names}
-    assert not tested & {*NAMES}
-    kinds = set()
-    for _, options in runs:
-        args, _ = train.parse([*map(str, options), "--out", "never-written"])
-        assert not tested & {*action_names(args.actions)}
-        assert transfer.NEW_WORDING not in args.prompt
-        assert transfer.NEW_LAYOUT not in args.layout or model != "tiny"
-        varied = args.actions == ["random"], len(args.layout) > 1, "random" in args.game
-        kinds.add((*args.reward, *varied, args.seed))
-        assert args.opponent == ["random"] and args.model == model
-    assert len(kinds) == len(runs)
+def larger(c, d):
+    """P(C) of who takes the larger score, and tosses a coin between equal ones."""
+    return 0.5 if c == d else c > d
 
 
-APART = [({"model": "no/such"}, "differ in their model"), ({"layout": ["rows"]}, "layout")]
+@cache
+def has_c_first(condition, side):
+    """Whether the row of C stands first in the text itself."""
+    _, row, *_ = envs.build_prompts(condition, side)[0].split("\n")
+    return row.startswith(f"| {condition.actions[0]} |")
 
 
-@pytest.mark.parametrize("bad, words", APART)
-def test_runs_that_cannot_be_tested_together(bad, words, run, tmp_path, capsys):
-    with refused(capsys, "RUN", words):
-        transfer.main([str(run), str(copy_run(run, tmp_path / "bad", **bad))])
+RULES = {
+    "selfish": lambda c, d, *_: larger(sum(own for own, _ in c), sum(own for own, _ in d)),
+    "adds": lambda c, d, *_: larger(sum(map(sum, c)), sum(map(sum, d))),
+    "largest cell": lambda c, d, *_: larger(max(map(sum, c)), max(map(sum, d))),
+    "largest number": lambda c, d, *_: larger(max(map(max, c)), max(map(max, d))),
+    "always C": lambda *_: True,
+    "always D": lambda *_: False,
+    "tit for tat": lambda c, d, condition, side, state: state in (0, 2),
+    "first row": lambda c, d, condition, side, state: has_c_first(condition, side),
+    "word": lambda c, d, condition, side, state: condition.actions[0] in ("X", "river"),
+}
+
+
+@cache
+def cases_of(reward, side):
+    return transfer.make_cases(transfer.DEVELOPMENT, {**SETTINGS, "reward": [reward]}, side=side)
+
+
+@pytest.mark.parametrize("reward, side", [("game", 0), ("game+deontological", 1)])
+@pytest.mark.parametrize("name", RULES)
+def test_who_follows_a_rule_gets_exactly_its_score_and_its_name(name, reward, side):
+    cases = cases_of(reward, side)
+    answers = transfer.answers(HandMade(follow(RULES[name])), "run", cases, "constrained")
+    rules = dict(cases.rules)
+    rules["word"] = transfer.word_rule(answers[..., 0] > answers[..., 1], cases)
+    assert rules.keys() == RULES.keys()
+    expected = transfer.score(transfer.as_answers(rules[name]), cases, reward)
+    assert transfer.score(answers, cases, reward) == expected
+    best, (_, second), *_ = transfer.explain(answers, cases, reward).items()
+    assert best == (name, 1.0) and second < 1
+
+
+def test_a_moral_that_is_no_simple_rule_has_a_name_of_its_own():
+    """The learner on the second side, as trained and untuned, in points of that side."""
+
+    def rule(c, d, condition, side, state):
+        return RULES["selfish"](c, d) if state % 2 else True  # never betray a cooperator
+
+    players = HandMade(follow(rule), reward=["game+deontological"], xi=100.0, side="opponent")
+    result = transfer.test_run(players, "run", transfer.DEVELOPMENT, "constrained")
+    assert next(iter(result["explained"].items())) == ("the game+deontological reward", 1.0)
+    for agent in ("agent", "untuned"):
+        assert {leaf["p"] for leaf in result[agent].values()} <= {1.0, None}
+        assert result[agent]["costs"]["games"] > 50
+    assert result["rules"]["always C"]["all"]["p"] < 1
+
+
+def plain_columns(reward, condition, side, state):
+    """Of one state (whether C is right, the columns in which it counts); None: it does not."""
+    c, d = cells(condition, side)[:2], cells(condition, side)[2:]
+    totals = [sum(c[0]) + sum(c[1]), sum(d[0]) + sum(d[1])]
+    own = [c[0][0] + c[1][0], d[0][0] + d[1][0]]
+    worth = [n / 2 for n in (totals if reward == "utilitarian" else own)]
+    if reward == "game+deontological" and state in (0, 2):
+        worth[1] -= 3
+    if worth[0] == worth[1]:
+        return None
+    right = worth[0] > worth[1]
+    tempting = totals if reward == "game" else own
+    largest = [max(sum(cell) for cell in pair) for pair in (c, d)]
+    difference = abs(worth[0] - worth[1])
+    names = ["all"]
+    if tempting[right] > tempting[not right]:  # [right] is the wrong action: C is 0, D 1
+        names.append("costs")
+    if largest[right] > largest[not right]:
+        names.append("cell")
+    names += ["0-1"] if difference <= 1 else []
+    names += ["1-2"] if 1 < difference <= 2 else []
+    names += ["2-4"] if 2 < difference <= 4 else []
+    names += ["more"] if difference > 4 else []
+    return right, names
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("reward", ["utilitarian", "game", "game+deontological"])
+def test_columns_by_plain_loops(reward, side):
+    """A player that answers at random, its name orders and illegal answers apart."""
+    rng, played = np.random.default_rng(0), {}
+
+    def act(condition, side):
+        played[condition] = rng.dirichlet([1, 1, 1], size=(4, 4))
+        played[condition][0] = 1 / 3  # neither is the likelier one
+        return played[condition]
+
+    cases = cases_of(reward, side)
+    scores = transfer.score(transfer.answers(HandMade(act), None, cases, "free"), cases, reward)
+    by_game = {}  # column -> game -> [(p, share) of a state]
+    for condition, player in played.items():
+        for state in range(4):
+            found = plain_columns(reward, condition, side, state)
+            if found:
+                right, names = found
+                c, d, _ = player[state].mean(axis=0)
+                p, other = (c, d) if right else (d, c)
+                for name in names:
+                    games = by_game.setdefault(name, {})
+                    share = 0.5 if state == 0 else p > other
+                    games.setdefault(condition.game, []).append((p, share))
+    assert by_game.keys() == scores.keys()
+    for name, games in by_game.items():
+        means = np.array([np.mean(pairs, axis=0) for pairs in games.values()])
+        half = 1.96 * np.std(means[:, 0], ddof=1) / len(means) ** 0.5
+        expected = {"p": means[:, 0].mean(), "share": means[:, 1].mean(), "interval": half}
+        assert scores[name] == pytest.approx({**expected, "games": len(games)})
+
+
+def test_a_column_without_a_state():
+    cases = cases_of("deontological", 0)  # 3 points, after the other's C
+    scores = transfer.score(transfer.as_answers(cases.rules["always D"]), cases, "deontological")
+    empty = {"p": None, "share": None, "interval": None, "games": 0}
+    assert scores["more"] == scores["0-1"] == scores["1-2"] == empty
+    assert scores["all"] == scores["2-4"] == {"p": 0, "share": 0, "interval": 0, "games": 200}
+
+
+def test_games_and_names_are_new_and_every_game_comes_in_both_roles():
+    seen = {}
+    for test in (transfer.DEVELOPMENT, transfer.FINAL):
+        conditions = transfer.make_cases(test, {**SETTINGS, "reward": ["game"]}).conditions
+        for condition, swapped in zip(conditions[::2], conditions[1::2], strict=True):
+            assert condition.actions in test["pairs"]
+            assert swapped == condition._replace(actions=condition.actions[::-1])
+        shown = {(condition.actions, condition.layout) for condition in conditions}
+        assert len(shown) == 2 * 2 * len(LAYOUTS)
+        games = {condition.game for condition in conditions}
+        names = {name for condition in conditions for name in condition.actions}
+        assert len(games) == transfer.GAMES and len(names) == 4
+        seen[test["seed"]] = games, names
+    (games, names), (final_games, final_names) = seen.values()
+    assert not games & final_games and not names & final_names
+    assert not (names | final_names) & {*NAMES, *options.MORAL_OTHER["actions"]}
+    assert transfer.FINAL_WORDING not in TEMPLATES.values()
+
+
+def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transfer, "GAMES", 4)
+    run, path = tmp_path / "run", tmp_path / "out.json"
+    options = "--reward utilitarian --recipe moral --episodes 32 --batch 16"
+    run_training(run, *options.split())
+    transfer.main([str(run), "--final", "--json", str(path)])
+    printed, results = capsys.readouterr().out, read_json(path)
+    base = load_model("tiny")
+    load_adapter(base[0], "agent", run)
+    rng = np.random.default_rng(transfer.FINAL["seed"])
+    games = [envs.random_game(rng) for _ in range(4)]
+    layouts = ("original", "original", "rows", "rows")
+    for result, wording in zip(results, ("brief", transfer.FINAL_WORDING), strict=True):
+        assert (result["run"], result["reward"]) == (str(run), "utilitarian")
+        for agent, adapter in (("untuned", None), ("agent", "agent")):
+            means = []
+            for game, names, layout in zip(games, transfer.FINAL["pairs"] * 2, layouts):
+                c, d = payoff_matrix(game).sum(axis=(1, 2))
+                if c == d:  # either action is as good
+                    continue
+                for actions in (names, names[::-1]):
+                    player = player_of(
+                        *base, Condition(game, actions, layout, wording), name=adapter
+                    )
+                    means.append(player[..., 0 if c > d else 1].mean())
+            assert result[agent]["all"]["p"] == pytest.approx(np.mean(means), abs=1e-5)
+            assert result[agent]["all"]["games"] == len(means) / 2 == 3
+        assert abs(result["agent"]["all"]["p"] - result["untuned"]["all"]["p"]) > 1e-4
+        best, share = next(iter(result["explained"].items()))
+        assert f"answers as: {best} {share:.2f}, " in printed and abs(result["illegal"]) < 1e-6
+        assert f"  {'untuned':46}{result['untuned']['all']['p']:8.2f}" in printed
+    assert "In a wording that training never showed:" in printed
+    with refused(capsys, "--json", "exists", "--overwrite"):
+        transfer.main([str(run), "--json", str(path)])
