@@ -300,7 +300,8 @@ def train(args, agents, opponent, folder, state):
         with about("--out"):
             folder.log(row)
             save(args, agents, folder, updates=update + 1, rng=rng, before=before)
-    after = [agent.player(choices.first()) for agent in agents]
+    with about("--lr"):  # the last update may have been one too far
+        after = [agent.player(choices.first()) for agent in agents]
     return [np.array(player) for player in before], after
 
 
