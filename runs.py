@@ -419,7 +419,8 @@ def processes(device, out):
                 redirect_stdout(nowhere),
             ):
                 yield Path(folder) / "run"
-    except RuntimeError as error:  # gloo's has no narrower class where another process is gone
-        error.add_note("the same torchrun with --resume RUN as train.py's only option continues")
+    except RuntimeError as error:  # gloo has no class of its own for a process that is gone
+        resume = "the same torchrun with --resume RUN as train.py's only option continues"
+        error.add_note(f"If another process is gone, {resume}.")
         raise
     distributed.destroy_process_group()
