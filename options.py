@@ -121,7 +121,11 @@ def train_parser(description):
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    option("--recipe", "of settings, see options.py", choices=RECIPES, default="quick")
+    recipes = (
+        "quick; paper: its settings; moral: games, names and layouts vary, so that more than a "
+    )
+    recipes += "word is learned. Each is a list of the other options, see options.py"
+    option("--recipe", recipes, choices=RECIPES, default="quick")
     option("--game", envs.game_words(), metavar="GAME", default=["ipd"], nargs="+")
     option("--opponent", envs.opponent_words(), default=["tit-for-tat"], nargs="+")
     option("--sampling", sampling, choices=("constrained", "free"))

@@ -419,7 +419,7 @@ def processes(device, out):
                 redirect_stdout(nowhere),
             ):
                 yield Path(folder) / "run"
-    except distributed.DistError as error:
+    except RuntimeError as error:  # gloo's has no narrower class where another process is gone
         error.add_note("the same torchrun with --resume RUN as train.py's only option continues")
         raise
     distributed.destroy_process_group()

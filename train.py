@@ -1,6 +1,7 @@
 """Fine-tune a language model with PPO on an intrinsic moral reward while it plays a game in text.
 
     python train.py --reward utilitarian                         # the embedded model, a laptop
+    python train.py --reward utilitarian --recipe moral          # one that carries over: 20 minutes
     python train.py --reward deontological --opponent 1 0.3 1 0.3       # P(C | CC CD DC DD)
     python train.py --reward utilitarian --opponent learner      # two that learn from each other
     python train.py --reward game utilitarian                    # unlearn selfishness half-way
@@ -180,11 +181,9 @@ def setup(args, saved=None):
 
 
 def pack_prompts(args, model, tokenizer):
-    """The Tries of the first game in all layouts and wordings, a list.
-
-    Raises InputError if the names cannot be told apart, or the model cannot run a trie.
-    """
-    from policy import Trie, check_runs, encode
+    """The Tries of the first game in all layouts and wordings, a list. Raises InputError."""
+    from policy import check_runs, encode
+    from trie import Trie
 
     choices = read_choices(args)
     first = choices.first()
@@ -301,7 +300,8 @@ def train(args, agents, opponent, folder, state):
         with about("--out"):
             folder.log(row)
             save(args, agents, folder, updates=update + 1, rng=rng, before=before)
-    after = [agent.player(choices.first()) for agent in agents]
+    with about("--lr"):  # the last update may have been one too far
+        after = [agent.player(choices.first()) for agent in agents]
     return [np.array(player) for player in before], after
 
 
@@ -400,9 +400,8 @@ def print_policies(before, after):
         p_after = by_state(tuned, C)
         for state in STATES:
             print(f"  P(C | {state}){p_before[state]:25.3f} {p_after[state]:7.3f}")
-        illegal_before = np.mean(list(by_state(untuned, ILLEGAL).values()))
-        illegal_after = np.mean(list(by_state(tuned, ILLEGAL).values()))
-        print(f"  P(illegal), mean{illegal_before:19.3f} {illegal_after:7.3f}")
+        illegal = [np.mean(list(by_state(player, ILLEGAL).values())) for player in (untuned, tuned)]
+        print(f"  P(illegal), mean{illegal[0]:19.3f} {illegal[1]:7.3f}")
         print(f"In a word: {envs.describe(untuned)} -> {envs.describe(tuned)}")
 
 

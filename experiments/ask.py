@@ -10,11 +10,13 @@ search: exact. Nothing of the model's generation_config.json acts. Options as in
 
 import heapq
 import math
+import os
 import sys
 from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see runs.py
 
 import numpy as np
 import torch

@@ -6,10 +6,12 @@ The embedded model was pretrained on such questions, with every layout (tiny/REA
 about what a fine-tuned agent can draw on. The answer is held to the two names of a game.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see runs.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 
 import numpy as np

@@ -6,10 +6,12 @@ On experiments/prose.txt, which has nothing to do with games: its first 256 toke
 of 64 (the embedded model knows no prose). And in free answers to prompts that show no points.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see runs.py
 
 import numpy as np
 import torch

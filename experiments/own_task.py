@@ -6,10 +6,12 @@ Three prompts, three answers, a reward for each pair of them. Nothing else is ne
 ppo.py know no game.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see runs.py
 
 import numpy as np
 import torch

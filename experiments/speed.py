@@ -9,6 +9,7 @@ trie: no adapters, frozen weights, gradients of the activations only. Random wei
 work; the embedded tokenizer stands in for theirs. Another tool: beside_trl.py.
 """
 
+import os
 import resource
 import statistics
 import sys
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see runs.py
 
 import numpy as np
 import torch

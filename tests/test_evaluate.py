@@ -12,13 +12,15 @@ import evaluate
 import society
 from conftest import change_json, copy_run, damaged_model, read_json, refused, run_training
 from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, Opponent, memory_one, payoff_matrix
+from errors import InputError
 from evaluate import frequencies
 from grid import read_metrics
 from options import train_parser
 from rewards import REWARDS, reward_array
-from runs import mean_and_interval, show
+from runs import group_by_seed, mean_and_interval, show
 
 SETTINGS = vars(train_parser("").parse_args([]))  # also those that a fork's rewards read
+BRIEF = ["--prompt", "brief"]  # the model reads it in a third of the time
 
 
 def always(outcome):
@@ -110,17 +112,17 @@ def test_always_defect_against_tit_for_tat():
     assert measures["actions"]["D|C"] == pytest.approx((0.5 + 0.5) / 5)
 
 
-def test_a_million_rounds_are_the_long_run():
+def test_100_000_rounds_are_the_long_run():
     """Tables are float32, whose rows do not sum to 1."""
     tables = np.random.default_rng(0).dirichlet([2] * 3, (2, 16)).astype(np.float32)
     tables[0] *= np.float32(1 - 1e-7)
     player, other = map(envs.as_player, tables)
     assert np.abs(player.sum(axis=-1) - 1).max() < 1e-15
-    measures = evaluate.measure(player, payoff_matrix("ipd"), other, 0.5, 10**6, SETTINGS)
+    measures = evaluate.measure(player, payoff_matrix("ipd"), other, 0.5, 10**5, SETTINGS)
     assert sum(measures["actions"].values()) == pytest.approx(1, abs=1e-9)
     payoffs = [payoff_matrix("ipd", side) for side in (0, 1)]
     limit = society.meet(player, other, 0.5, payoffs, 5, SETTINGS)["long_run"]
-    assert measures["reward"]["game"] == pytest.approx(limit, abs=1e-6)
+    assert measures["reward"]["game"] == pytest.approx(limit, abs=1e-5)
 
 
 def test_no_regret_where_all_totals_are_equal():
@@ -157,16 +159,20 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def free(tmp_path_factory):
+    """It has learned to say action1, and of other names it prefers one."""
     out = tmp_path_factory.mktemp("evaluate") / "free"
-    run_training(out, "--reward", "utilitarian", "--sampling", "free", "--episodes", "2560")
+    options = "--sampling free --batch 1024 --episodes 4096 --lr 4e-3 --seed 2".split()
+    run_training(out, "--reward", "utilitarian", *options, *BRIEF)
     return out
 
 
 def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
     """Two seeds of a setting and a run of another: groups, axes, JSON."""
-    monkeypatch.setattr(evaluate, "AXES", {key: two[:2] for key, two in evaluate.AXES.items()})
+    two = {axis: values[:2] for axis, values in evaluate.AXES.items()}
+    two["prompt"] = ("brief", "explicit")
+    monkeypatch.setattr(evaluate, "AXES", two)
     runs = [run, copy_run(run, tmp_path / "2", seed=2), copy_run(run, tmp_path / "o", lr=0.5)]
-    options = ["--game", "chicken", "ipd", "--axes", "--sampling", "free"]
+    options = ["--game", "chicken", "ipd", "--axes", "--sampling", "free", *BRIEF]
     results = evaluated(tmp_path / "out.json", *runs, *options)
     printed = capsys.readouterr().out
     members = [(group["n"], group["runs"]) for group in results["groups"]]
@@ -183,10 +189,14 @@ def test_everything_at_once(run, tmp_path, capsys, monkeypatch):
 
 def test_a_seed_counts_once(run, tmp_path, capsys):
     """Also on another device: both are one draw. In another group it may come again."""
-    for name, own in {"a": {}, "b": {"device": "cuda"}}.items():
-        with refused(capsys, "RUN", "of utilitarian a seed comes twice: 1 1"):
-            evaluated(tmp_path / "out.json", run, copy_run(run, tmp_path / name, **own))
-    evaluated(tmp_path / "out.json", run, copy_run(run, tmp_path / "c", lr=0.5))
+    with refused(capsys, "RUN", "of utilitarian a seed comes twice: 1 1"):
+        other = copy_run(run, tmp_path / "other", device="cuda")
+        evaluated(tmp_path / "out.json", run, other, *BRIEF)
+    config = read_json(run / "config.json")
+    with pytest.raises(InputError, match="RUN: of utilitarian a seed comes twice: 1 1"):
+        group_by_seed({}, [{}, {}], [config, config])
+    groups = group_by_seed({}, [{}, {}], [config, {**config, "lr": 0.5}])
+    assert [group["runs"] for group in groups] == [[], [0], [1]]
 
 
 def test_the_head_says_what_training_had(run, tmp_path, capsys):
@@ -208,13 +218,13 @@ def test_what_is_new_at_test_is_not_in_the_built_in_names():
 def test_both_roles_and_the_warning(free, tmp_path, capsys):
     """Names are tested in both roles; a preference for a word is said."""
     path, said = tmp_path / "results.json", "leans to the word action3"
-    results = evaluated(path, free)
+    results = evaluated(path, free, *BRIEF)
     [agent], printed = results["runs"], capsys.readouterr().out
     parts = [agent[part]["ipd"] for part in ("games", "swapped")]
     legal = [[p["policy"][s] / (1 - p["illegal"][s]) for s in STATES] for p in parts]
     assert np.mean(legal[0]) - np.mean(legal[1]) > 0.2 and said in printed
     assert "In training --actions was action1 action2." in printed
-    swapped = ["--actions", "action4", "action3"]
+    swapped = ["--actions", "action4", "action3", *BRIEF]
     assert evaluated(path, free, *swapped)["runs"][0]["games"] == agent["swapped"]
     assert said in capsys.readouterr().out
     # An agent whose training had these names in both roles is not tested twice.
@@ -229,7 +239,9 @@ def test_a_run_on_the_training_names_is_what_training_reported(kind, tmp_path, r
     """Killed after its result it is finished, too."""
     run = copy_run(request.getfixturevalue(kind), tmp_path / "run")
     (run / "state.safetensors").write_bytes(b"")
-    results = evaluated(tmp_path / "out.json", run, "--actions", "action1", "action2")
+    wording = read_json(run / "config.json")["prompt"]
+    options = ["--actions", "action1", "action2", "--prompt", *wording]
+    results = evaluated(tmp_path / "out.json", run, *options)
     after = results["runs"][0]["games"]["ipd"]
     before = results["baseline"]["games"]["ipd"]
     trained = read_json(run / "result.json")
@@ -240,12 +252,12 @@ def test_a_run_on_the_training_names_is_what_training_reported(kind, tmp_path, r
 
 def test_an_opponent_that_is_a_run(run, free, tmp_path):
     """It sits on the other side and acts with its own sampling: here it may answer illegally."""
-    options = ["--game", "bach-stravinsky", "--actions", "action1", "action2", "--opponent"]
-    results = evaluated(tmp_path / "out.json", run, *options, free)
+    options = ["--game", "bach-stravinsky", *BRIEF]
+    results = evaluated(tmp_path / "out.json", run, *options, "--opponent", free)
     players = evaluate.Players([run, free])
-    condition = Condition("bach-stravinsky", ("action1", "action2"))
+    condition = Condition("bach-stravinsky", ("action3", "action4"), prompt="brief")
     theirs = players.player(free, condition, side=1)
-    assert theirs.shape == (4, 4, 3) and theirs[..., ILLEGAL].max() > 1e-4
+    assert theirs.shape == (4, 4, 3) and theirs[..., ILLEGAL].max() > 0.01
     player, payoffs = players.player(run, condition), payoff_matrix("bach-stravinsky")
     expected = evaluate.measure(player, payoffs, theirs, 0.5, 5, SETTINGS)
     got = results["runs"][0]["games"]["bach-stravinsky"]
@@ -259,16 +271,17 @@ def test_a_learning_opponent_is_evaluated_on_its_own_side(tmp_path):
     The numbers of training stand in the columns "opponent_..." of the run's metrics.csv.
     """
     both, game = [tmp_path / "run", tmp_path / "run" / "opponent"], "--game 3 0 3 3 0 0 0 3".split()
-    options = "--reward game --opponent learner --batch 1024 --episodes 6144".split()
-    trained = run_training(both[0], *options, *game)
+    options = "--reward game --opponent learner --batch 1024 --episodes 4096".split()
+    trained = run_training(both[0], *options, *game, *BRIEF)
     rows, theirs = map(read_metrics, both)
     for row, own in zip(rows, theirs):
         learned = {key: row[f"opponent_{key}"] for key in row if f"opponent_{key}" in row}
         assert {"reward", "accuracy", "kl", "p_C_after_CC", "count_C_after_C"} <= {*learned}
         assert own == row | learned
-    assert len(rows) == len(theirs) == 6 and rows != theirs
+    assert len(rows) == len(theirs) == 4 and rows != theirs
 
-    results = evaluated(tmp_path / "out.json", *both, *game, "--actions", "action1", "action2")
+    asked = [*game, "--actions", "action1", "action2", *BRIEF]
+    results = evaluated(tmp_path / "out.json", *both, *asked)
     labels = [(group["n"], group["label"]) for group in results["groups"]]
     assert labels == [(1, "untuned"), (1, "game"), (1, "game, side opponent")]
     for agent, key, best in zip(results["runs"], ("policy", "opponent_policy"), (1, 0)):
@@ -339,11 +352,14 @@ def test_bad_options(typed, run, bad, capsys, monkeypatch):
     assert (bad / "notes.json").read_text() == "mine"
 
 
-def test_a_part_that_fails_costs_that_part(run, capsys, tmp_path):
+def test_a_part_that_fails_costs_that_part(run, capsys, tmp_path, monkeypatch):
     """Some wordings are too long for the model: the other conditions of --axes are there."""
     few = {"max_position_embeddings": 125}
     model = damaged_model(tmp_path / "model", lambda at: change_json(at / "config.json", **few))
     short = copy_run(run, tmp_path / "short", model=model)
+    monkeypatch.delitem(evaluate.AXES, "actions")
+    monkeypatch.delitem(evaluate.AXES, "persona")
+    monkeypatch.setitem(evaluate.AXES, "layout", ("original",))
     axes = evaluated(tmp_path / "results.json", short, "--axes")["runs"][0]["axes"]
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     left_out = set(evaluate.AXES["prompt"]) - set(axes["prompt"])
@@ -370,7 +386,7 @@ def test_runs_that_differ_in_a_parameter_of_a_reward_are_not_one_group(run, tmp_
     """And each is paid by its own."""
     monkeypatch.setitem(REWARDS, "mine", lambda *args: args[-1].get("weight", 0.0))
     other = copy_run(run, tmp_path / "other", seed=2, weight=2.0)
-    results = evaluated(tmp_path / "out.json", run, other)
+    results = evaluated(tmp_path / "out.json", run, other, *BRIEF)
     assert [group["label"] for group in results["groups"][1:]] == [
         "utilitarian",
         "utilitarian, weight 2.0",

@@ -12,19 +12,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 import conftest
 import train
 from conftest import change_json, copy_run, read_json, refused, run_training, start_training
+from errors import InputError
 from grid import read_metrics
+from policy import Policy
 from ppo import Learner
-from runs import RunFolder, read_state
+from runs import RunFolder, processes, read_state, replace
 
+# Four updates in two phases; games and names are drawn, and drawn again. "brief" is read quickly.
 OPTIONS = (
-    "--reward game utilitarian --opponent learner --sampling free --episodes 40 --batch 8 "
-    "--epochs 1 --save-every 0 --game ipd random --actions moon river A"  # drawn, and drawn again
+    "--reward game utilitarian --opponent learner --sampling free --episodes 32 --batch 8 "
+    "--epochs 1 --save-every 0 --prompt brief --game ipd random --actions moon river A"
 ).split()
-SHORT = "--reward game --episodes 8 --batch 8".split()
+SHORT = "--reward game --episodes 1 --batch 1 --epochs 1 --prompt brief".split()  # one update
 STATE = "state.safetensors"
 ADAPTER = "adapter_model.safetensors"
 BYTES = ["metrics.csv", ADAPTER, "value_head.safetensors", f"opponent/{ADAPTER}"]
@@ -57,6 +61,22 @@ class Killed(BaseException):
     """A kill inside this process: nothing in the product may catch it."""
 
 
+def stop_after(patch, update, error):
+    """From now on raise an error as soon as this update has its row in metrics.csv."""
+    log = RunFolder.log
+
+    def log_and_stop(self, row):
+        log(self, row)
+        if row["update"] == update:
+            raise error
+
+    patch.setattr(RunFolder, "log", log_and_stop)
+
+
+def bug(*_, **__):
+    raise KeyError("mine")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run, and the folder as it was at each saved state."""
@@ -67,9 +87,19 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A finished run of one update, in a folder that was there, empty."""
+    out = tmp_path_factory.mktemp("short")
+    before = os.umask(0o022)
+    run_training(out, *SHORT)
+    os.umask(before)
+    return out
+
+
 def test_resumes_to_the_same_bytes_from_every_state(whole, tmp_path):
     states = sorted(whole.glob("state*"))
-    assert len(states) == 5 and not (whole / "run" / STATE).exists()
+    assert len(states) == 4 and not (whole / "run" / STATE).exists()
     for state in states:
         shutil.copytree(state, tmp_path / state.name)
         train.main(["--resume", str(tmp_path / state.name)])
@@ -93,16 +123,16 @@ def test_killed_during_a_save_and_after_further_rows(whole, tmp_path, monkeypatc
         train.main([*OPTIONS, "--out", str(tmp_path / "run")])
     monkeypatch.undo()
     with open(tmp_path / "run" / "metrics.csv", "a") as file:
-        file.write("32,uti")  # a row that was cut off as well
+        file.write("4,32,uti")  # a row that was cut off as well
     train.main(["--resume", str(tmp_path / "run")])
     assert outcome(tmp_path / "run") == outcome(whole / "run")
 
 
-def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
+def test_resumes_without_the_run_that_it_started_from(short, tmp_path, monkeypatch):
     """The state has all of it."""
-    run_training(tmp_path / "earlier", *SHORT)
+    shutil.copytree(short, tmp_path / "earlier")
     copy_states(monkeypatch, tmp_path)
-    options = ["--episodes", "16", "--save-every", "0", "--init", str(tmp_path / "earlier")]
+    options = ["--episodes", "2", "--save-every", "0", "--init", str(tmp_path / "earlier")]
     run_training(tmp_path / "run", *SHORT, *options)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "earlier")
@@ -110,41 +140,53 @@ def test_resumes_without_the_run_that_it_started_from(tmp_path, monkeypatch):
     assert files(tmp_path / "state0")["metrics.csv"] == files(tmp_path / "run")["metrics.csv"]
 
 
-def test_killed_in_the_middle(tmp_path):
+def test_killed_in_the_middle(tmp_path, monkeypatch):
+    """What came after the last saved state, here the first one, is made again."""
     out = tmp_path / "run"
     process = start_training(*SHORT, "--episodes", "48000", "--out", str(out))
     conftest.wait_for(out / STATE, process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    config, state, _ = read_state(out)
-    assert config["seed"] == 1 and state["updates"] == 1
+    assert read_state(out)[1]["updates"] == 1
+    stop_after(monkeypatch, update=3, error=Killed)
+    with pytest.raises(Killed):
+        train.main(["--resume", str(out)])
+    assert [row["update"] for row in read_metrics(out)] == ["1", "2", "3"]
 
 
 def test_interrupted_it_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
     """What came after the last saved state is lost, and made again."""
-    log = RunFolder.log
-
-    def log_and_stop(self, row):
-        log(self, row)
-        if row["update"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "log", log_and_stop)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_after(patch, update=3, error=KeyboardInterrupt)
         train.main([*OPTIONS, "--out", str(tmp_path / "run")])
-    monkeypatch.undo()
-    assert stop.value.code == 130 and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]
+    assert stop.value.code == 130
+    assert len(lines) == 1 and f"--resume {tmp_path / 'run'}" in lines[0]
     assert read_state(tmp_path / "run")[1]["updates"] == 2
     train.main(["--resume", str(tmp_path / "run")])
     assert outcome(tmp_path / "run") == outcome(whole / "run")
 
 
+def test_interrupted_before_there_is_a_state_it_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def stop_at_once(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "update", stop_at_once)
+    with pytest.raises(SystemExit) as stop:
+        run_training(tmp_path / "run", *SHORT)
+    assert stop.value.code == 130 and "--resume" not in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_saved_by_the_clock(tmp_path, monkeypatch):
     """At once, and then when the time is over."""
     copy_states(monkeypatch, tmp_path)
-    run_training(tmp_path / "run", *SHORT, "--episodes", "32", "--save-every", "3600")
+    run_training(tmp_path / "run", *SHORT, "--episodes", "2", "--save-every", "3600")
     assert len([*tmp_path.glob("state*")]) == 1
+    folder = RunFolder(tmp_path, {})
+    folder.last_save = time.perf_counter() - 60
+    assert folder.is_due(59) and not folder.is_due(3600)
 
 
 def test_disk_full(whole, tmp_path, monkeypatch, capsys):
@@ -168,8 +210,7 @@ def test_disk_full(whole, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("updates", [2, 16])
 def test_not_finite_ends_the_run_with_the_last_good_state(updates, tmp_path, capsys):
     """After ten updates in a row, and in a run that is shorter than that."""
-    options = [*SHORT, "--lr", "1e30", "--epochs", "1", "--save-every", "0"]
-    options += ["--episodes", str(8 * updates)]
+    options = [*SHORT, "--lr", "1e30", "--save-every", "0", "--episodes", str(updates)]
     with refused(capsys, "--lr", "finite"):
         run_training(tmp_path / "run", *options)
     tensors = load_file(tmp_path / "run" / STATE)
@@ -228,13 +269,14 @@ def test_resume_with_other_weights(whole, capsys, tmp_path, monkeypatch):
     assert files(run) == before
 
 
-def test_only_a_regular_file_is_replaced(tmp_path, capsys):
-    out = tmp_path / "run"
-    run_training(out, *SHORT)
+def test_only_a_regular_file_is_replaced(short, tmp_path, capsys):
+    out = copy_run(short, tmp_path / "run")
     (out / "metrics.csv").unlink()
     (out / "metrics.csv").mkdir()
     with refused(capsys, "--out", "metrics.csv"):
         run_training(out, *SHORT, "--overwrite")
+    with pytest.raises(InputError, match="no regular file"):
+        replace(out / "metrics.csv", b"")
     assert (out / "metrics.csv").is_dir()
 
 
@@ -246,18 +288,22 @@ def test_what_a_row_of_metrics_looks_like(tmp_path):
     assert (tmp_path / "metrics.csv").read_text(encoding="utf-8") == expected
 
 
-def test_a_bug_in_the_log_is_a_traceback(tmp_path, monkeypatch):
-    """And an update that fails leaves what was there before it."""
+def test_a_bug_is_a_traceback_and_costs_nothing(tmp_path, monkeypatch):
+    """In the first update no folder is begun; in the log the one of before stays as it was."""
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="mine"):
+        patch.setattr(Learner, "update", bug)
+        run_training(tmp_path / "run", *SHORT)
+    assert not (tmp_path / "run").exists()
     run_training(tmp_path / "run", *SHORT)
     before = files(tmp_path / "run")
-    monkeypatch.setattr(Learner, "report", lambda *_: {"reward": [].index(0)})
-    with pytest.raises(ValueError, match="not in list"):
+    monkeypatch.setattr(RunFolder, "log", bug)
+    with pytest.raises(KeyError, match="mine"):
         run_training(tmp_path / "run", *SHORT, "--overwrite")
     assert files(tmp_path / "run") == before
 
 
-def test_overwrite_takes_away_only_what_a_run_wrote(tmp_path, capsys):
-    out, mine = tmp_path / "run", tmp_path / "thesis"
+def test_overwrite_takes_away_only_what_a_run_wrote(whole, short, tmp_path, capsys):
+    mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "metrics.csv").write_text("mine")
     with refused(capsys, "--out", "--overwrite"):
@@ -267,33 +313,29 @@ def test_overwrite_takes_away_only_what_a_run_wrote(tmp_path, capsys):
             run_training(place, *SHORT, "--overwrite")
     assert files(mine) == {"metrics.csv": b"mine"}
 
-    run_training(out, *SHORT, "--opponent", "learner")
+    out = copy_run(whole / "run", tmp_path / "run")  # it has a learning opponent
     (out / "thesis.tex").write_text("years of work")
-    before = files(out)
+    (out / "opponent" / "results.json").write_text("mine")
+    before = files(out), files(out / "opponent")
     with refused(capsys, "--model"):  # not before the input is checked
         run_training(out, *SHORT, "--overwrite", "--model", "no/such-model")
-    assert files(out) == before and (out / "opponent").exists()
+    assert (files(out), files(out / "opponent")) == before
     result = run_training(out, *SHORT, "--reward", "utilitarian", "--overwrite")
-    assert result["reward"] == ["utilitarian"] and not [*(out / "opponent").iterdir()]
+    assert result["reward"] == ["utilitarian"]
+    assert files(out).keys() == files(short).keys() | {"thesis.tex"}
     assert (out / "thesis.tex").read_text() == "years of work"
-    run_training(out, *SHORT, "--opponent", "learner", "--overwrite")
-    (out / "opponent" / "results.json").write_text("mine")
-    run_training(out, *SHORT, "--overwrite")
     assert files(out / "opponent") == {"results.json": b"mine"}
 
 
-def test_an_empty_folder_will_do_and_files_have_the_usual_permissions(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    before = os.umask(0o022)
-    run_training(out, *SHORT)
-    os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+def test_an_empty_folder_will_do_and_files_have_the_usual_permissions(short):
+    assert {path.stat().st_mode & 0o777 for path in short.iterdir()} == {0o644}
 
 
 # A low rate: Adam's first steps are its rate times the gradient's sign, also where that is rounding
 # noise.
-SHARED = "--reward utilitarian --opponent learner --batch 8 --lr 1e-4 --save-every 0".split()
+SHARED = (
+    "--reward utilitarian --opponent learner --batch 8 --lr 1e-4 --save-every 0 --prompt brief"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +370,41 @@ def test_two_processes_give_the_same_metrics_and_if_one_dies_the_other_ends(alon
     assert read_state(run)[1]["updates"] >= 2, errors
 
 
-def test_a_state_goes_on_in_two_processes(whole, tmp_path):
-    """The second one has no folder of the run then."""
-    run = copy_run(whole / "state3", tmp_path / "run")
-    process = start_training("--resume", str(run), processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert (run / "result.json").exists() and not (run / STATE).exists()
+def test_the_processes_that_do_not_save_do_all_the_rest(whole, tmp_path, monkeypatch):
+    """Else the first one would wait for ever: they meet in each pass. Elsewhere, to the end."""
+    run, call, passes = (
+        copy_run(whole / "state1", tmp_path / "run"),
+        Policy.__call__,
+        {"0": 0, "1": 0},
+    )
+    before = files(run)
+
+    def count(*args, **kwargs):
+        passes[os.environ["RANK"]] += 1
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(Policy, "__call__", count)
+    for rank, saves in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with monkeypatch.context() as patch:
+            copy_states(patch, tmp_path / f"saved{rank}")
+            train.run(*train.parse(["--resume", str(run)]), tmp_path / rank)
+        assert len([*tmp_path.glob(f"saved{rank}/*")]) == saves
+        for name in BYTES:
+            assert (tmp_path / rank / name).read_bytes() == (whole / "run" / name).read_bytes()
+    assert files(run) == before and passes["0"] == passes["1"] > 0
+
+
+def test_what_a_process_sees_of_another_ones_end(tmp_path, monkeypatch):
+    """An error of gloo's, which is a plain RuntimeError: it stays, with a line on how to go on."""
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend: None)
+    with pytest.raises(RuntimeError) as error, processes("cpu", tmp_path / "run") as path:
+        path.mkdir()
+        raise RuntimeError("Connection reset by peer")
+    assert "--resume" in error.value.__notes__[0]
+    assert not path.exists() and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("option, host", [("torchrun", ""), ("--device", "127.0.0.1")])
