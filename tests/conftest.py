@@ -160,6 +160,14 @@ def run_training(out, *options):
     return read_json(out / "result.json")
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of one update that several files share: read it, copy it, do not change it."""
+    out = tmp_path_factory.mktemp("shared") / "run"
+    run_training(out, "--reward", "utilitarian", "--episodes", "256")
+    return out
+
+
 def start_training(*options, processes=None):
     """train.py in a process of its own, or by torchrun in so many `processes`."""
     command = [sys.executable]

@@ -8,7 +8,7 @@ import torch
 
 import ask
 import conftest
-from conftest import change_json, copy_run, damaged_model, player_of, read_json, run_training
+from conftest import change_json, copy_run, damaged_model, player_of, read_json
 from envs import ORDERS, STATES, Condition, build_prompts
 from policy import encode
 
@@ -57,10 +57,9 @@ def test_top_answers_equal_enumeration(monkeypatch):
     assert ask.likely_texts(model, TEXTS, 2, {stop}, 20)[1] == pytest.approx(first.max(), rel=1e-3)
 
 
-def test_ask(tiny, tmp_path, capsys, monkeypatch):
+def test_ask(run, tiny, tmp_path, capsys, monkeypatch):
     """Prompts, answers and own words in every state; where the search runs out, it says so."""
-    run, path, mine = (tmp_path / name for name in ("run", "out.json", "mine.txt"))
-    run_training(run, "--reward", "utilitarian", "--episodes", "256")
+    path, mine = tmp_path / "out.json", tmp_path / "mine.txt"
     wording, names = "Choose {first} or {second}. They did {other}.", ("action3", "action4")
     mine.write_text(wording)
     options = f"--json {path} --game chicken --prompt {mine} --persona deontological".split()

@@ -20,9 +20,8 @@ BEGINS = {"type": "TemplateProcessing", "single": BEGINS, "pair": BEGINS}
 BEGINS["special_tokens"] = {"B": {"id": "B", "ids": [2], "tokens": ["<bos>"]}}  # before each text
 
 
-def test_drift_is_that_of_the_plain_models(tiny, tmp_path, capsys):
-    run, path = tmp_path / "run", tmp_path / "out.json"
-    run_training(run, "--reward", "utilitarian", "--episodes", "256")
+def test_drift_is_that_of_the_plain_models(run, tiny, tmp_path, capsys):
+    path = tmp_path / "out.json"
     begins = damaged_model(tmp_path / "model", lambda _: None)
     change_json(tmp_path / "model" / "tokenizer.json", post_processor=BEGINS)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), run)
@@ -49,9 +48,12 @@ def test_drift_is_that_of_the_plain_models(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_merged_model_plays_as_the_run(dtype, tmp_path, capsys):
-    run, folder = tmp_path / "run", tmp_path / "merged"
-    run_training(run, "--reward", "utilitarian", "--episodes", "256", "--dtype", dtype)
+def test_the_merged_model_plays_as_the_run(dtype, run, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    if dtype != "float32":
+        run = tmp_path / "run"
+        options = f"--reward utilitarian --episodes 256 --prompt brief --dtype {dtype}"
+        run_training(run, *options.split())
     merge.main([str(run), str(folder)])
     assert "float32" in capsys.readouterr().out
     base, merged = load_model("tiny"), load_model(folder)

@@ -18,7 +18,7 @@ from runs import RunFolder, write_json
 
 def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
     """What is finished is skipped, what was interrupted is resumed, to the very bytes."""
-    options = ["--reward", "game", "--episodes", "24", "--batch", "8", "--save-every", "0"]
+    options = "--reward game --prompt brief --episodes 24 --batch 8 --save-every 0".split()
     whole, stopped, new = outs = [tmp_path / name for name in ("whole", "stopped", "new")]
     run_training(whole, *options)
     save = RunFolder.save

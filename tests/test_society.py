@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import society
-from conftest import copy_run, player_of, read_json, refused, run_training
+from conftest import copy_run, player_of, read_json, refused
 from envs import STRATEGIES, Condition, memory_one, payoff_matrix, play
 from evaluate import shares, transitions
 from lora import load_adapter
@@ -79,10 +79,9 @@ def test_long_run_is_what_long_matches_show(outcomes):
         assert abs(seen.mean() - meeting[key]) <= 4 * seen.std() / 20
 
 
-def test_agents_meet_on_sides_of_their_own(tmp_path, capsys):
+def test_agents_meet_on_sides_of_their_own(run, tmp_path, capsys):
     """Bach or Stravinsky looks different from its two sides; every meeting is calculated anew."""
-    path, run = tmp_path / "out.json", tmp_path / "run"
-    run_training(run, "--reward", "utilitarian", "--episodes", "256", "--illegal", "-1")
+    path, run = tmp_path / "out.json", copy_run(run, tmp_path / "run", illegal=-1.0)
     second = copy_run(run, tmp_path / "second", sampling="free", side="opponent")
     for more, word in (
         ([second], "--sampling: runs differ in their sampling"),
