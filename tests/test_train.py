@@ -357,7 +357,7 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     first = read_metrics(tmp_path / "run")[0]
     assert float(first["kl"]) > 1e-4  # the reference is the base model, not where it starts
     _, opponent, _ = train.setup(parse("--opponent", str(runs / "a"), "--checkpointing"))
-    frozen = opponent.player(Condition())
+    frozen = opponent.player(Condition(prompt="brief"))
     assert by_state(frozen, C) == pytest.approx(trained, abs=1e-6)
     assert frozen.shape == (4, 4, 3)  # free in training, it may answer illegally here, too
 
