@@ -277,7 +277,9 @@ def replies(opponent):
 
 
 def describe(player):
-    """A player in a word: the classic strategy within 0.1 of it, or what it does after C."""
+    """A player in a word: mostly illegal; or by its legal answers, in each state, the classic
+    strategy within 0.1 of it, or what it does after C.
+    """
     mean = player.mean(axis=1)
     legal = mean[:, :ILLEGAL].sum(axis=1)
     if legal.mean() < 0.5:
@@ -319,7 +321,7 @@ class Choices(NamedTuple):
         return self.game[0] in DRAWN or not one_of_each
 
     def first(self):
-        """The Condition that stands for a run: the first of each list; the ipd if it is random."""
+        """The Condition that stands for a run: the first of each list; the ipd if that is drawn."""
         game = "ipd" if self.game[0] in DRAWN else self.game[0]
         return Condition(game, tuple(self.actions[:2]), self.layout[0], self.prompt[0])
 

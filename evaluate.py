@@ -28,6 +28,7 @@ import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
+from options import train_parser
 from runs import group_by_seed, in_brief, show
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
@@ -90,7 +91,8 @@ def shares(player, opponent, visits):
 def measure(player, payoffs, opponent, opponent_opening, rounds, settings):
     """All about a player in one game against an opponent: nested dict of floats.
 
-    opponent: [state, order, outcome], from its own side;  opponent_opening: its P(C) there
+    opponent: [state, order, outcome], from its own side
+    opponent_opening: P(C) of its move before round 0
     settings: of the player's run, for the rewards
 
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
@@ -171,9 +173,10 @@ class Players:
 
     def __init__(self, folders):
         self.configs = {}
+        usual = vars(train_parser("").parse_args([]))  # of options that came after a run
         with about("RUN"):
             for run in folders:
-                self.configs[run] = runs.read_config(run)
+                self.configs[run] = {**usual, **runs.read_config(run)}
             runs.require_same(self.configs.values(), "model", "dtype", "base")
         from lora import base_fingerprint
         from policy import Policy, load_model
@@ -182,7 +185,7 @@ class Players:
         with about("RUN"):
             self.model, self.tokenizer = load_model(first["model"], dtype=first["dtype"])
             runs.require_same([first, {"base": base_fingerprint(self.model)}], "base")
-            # Both use the adapter "agent", into which the run that plays is loaded.
+            # Both use the adapter "agent": what is loaded by one of them is loaded for both.
             self.policies = {
                 "constrained": Policy(self.model, self.tokenizer, "agent"),
                 "free": Policy(self.model, self.tokenizer, "agent", free=True),

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from errors import InputError
-from nf4 import NF4Linear
+from nf4 import NF4Linear, is_linear
 
 
 class LoRALinear(nn.Module):
@@ -59,6 +59,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A[name], a=math.sqrt(5))
 
     def forward(self, x):
+        """[..., in] -> [..., out], in the type of the base."""
         y = self.base(x)
         if self.active is None:
             return y
@@ -88,26 +89,10 @@ def linear_layers(model):
     for path, module in model.named_modules():
         if module not in inside or path.endswith(".base"):
             continue
-        if is_linear(module) and module is not model.get_output_embeddings():
+        linear = isinstance(module, LoRALinear) or is_linear(module)
+        if linear and module is not model.get_output_embeddings():
             layers[path] = module
     return layers
-
-
-def is_linear(module):
-    """Whether a module computes x W' + bias and nothing else.
-
-    A subclass of nn.Linear may be a router that returns several tensors, so it is tried.
-    """
-    if type(module) in (nn.Linear, Conv1D, NF4Linear, LoRALinear):
-        return True
-    if not isinstance(module, nn.Linear):
-        return False
-    x = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    try:
-        y = module(x)
-    except Exception:  # of the model's own code
-        return False
-    return isinstance(y, torch.Tensor) and y.shape == (1, module.out_features)
 
 
 def add_adapter(model, name, rank, alpha, paths=None):
@@ -126,7 +111,7 @@ def add_adapter(model, name, rank, alpha, paths=None):
     if not paths:
         raise InputError("the model has no linear layers to adapt")
     model.requires_grad_(False)
-    for layer in lora_layers(model).values():  # of another adapter of that name nothing stays
+    for layer in lora_layers(model).values():  # remove an older adapter of this name everywhere
         if name in layer.A:
             del layer.A[name], layer.B[name]
     for path in paths:
@@ -140,7 +125,7 @@ def add_adapter(model, name, rank, alpha, paths=None):
 
 
 def coverage(model):
-    """A line on how much of the layers' weights LoRA sits; "" if it is nearly all of them.
+    """A line that warns if LoRA adapts less than 95 % of the layers' weights, else "".
 
     Experts of a mixture that are one three-dimensional tensor, for example, are no linear layers:
     they are neither adapted nor kept in 4 bits. Embeddings and the output head are not counted.
@@ -175,6 +160,8 @@ def adapter_parameters(model, name):
 def adapter(model, name):
     """Run the model with adapter `name` in this block, or with none of them (None: the base)."""
     layers = list(lora_layers(model).values())
+    if name is not None and not any(name in layer.A for layer in layers):
+        raise KeyError(f"no adapter {name!r}")
     before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = name if name in layer.A else None

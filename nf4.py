@@ -54,6 +54,7 @@ class NF4Linear(nn.Module):
         return blocks.flatten()[: self.shape.numel()].view(self.shape)
 
     def forward(self, x):
+        """[..., in] -> [..., out]"""
         y = NF4Product.apply(x, self)
         return y if self.bias is None else y + self.bias
 
@@ -83,13 +84,30 @@ class NF4Product(torch.autograd.Function):
         return gradient @ context.layer.weight.to(gradient.dtype), None
 
 
-def quantise_layers(model, computing):
+def is_linear(module):
+    """Whether a module computes x W' + bias and nothing else.
+
+    A subclass of nn.Linear may be a router that returns several tensors, so it is tried.
+    """
+    if type(module) in (nn.Linear, Conv1D, NF4Linear):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    x = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        y = module(x)
+    except Exception:  # of the model's own code
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (1, module.out_features)
+
+
+def quantise_layers(model, dtype):
     """Replace every linear layer except the output head by an NF4Linear.
 
-    computing: the type to which all other parameters are cast
+    dtype: the type to which all other parameters are cast
     """
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+        if is_linear(module) and module is not model.get_output_embeddings():
             model.set_submodule(path, NF4Linear(module))
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(computing)
+        parameter.data = parameter.data.to(dtype)

@@ -138,12 +138,16 @@ def train_parser(description):
     option("--rounds", "per episode", type=COUNT, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
-    option("--lr", "Adam's; it falls linearly to 0 where games, names or texts vary", type=POSITIVE)
+    option(
+        "--lr",
+        "Adam's; it falls to 0 where games, names or texts vary, but not as the paper",
+        type=POSITIVE,
+    )
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=POSITIVE)
     option("--epochs", "optimizer steps per update", type=COUNT)
     option("--kl-coef", "beta, the weight of the KL penalty at the start", type=NONNEGATIVE)
-    option("--kl-final", "beta falls linearly to it [it does not]", type=NONNEGATIVE)
+    option("--kl-final", "beta falls linearly to it, whatever --kl-target", type=NONNEGATIVE)
     option("--kl-target", "nats to which beta adapts; 0: fixed", type=NONNEGATIVE, default=6.0)
     option("--gamma", "discount; 0: each round is its own sample", type=fraction, default=0.0)
     option("--seed", "of everything random", type=number(int, 0, 2**63), default=1)

@@ -1,6 +1,6 @@
 """A language model as a table: model folder, tokens, policy, value head.  [knows no game]
 
-A policy maps P distinct prompts to log-probabilities of K outcomes: a table [prompt, outcome].
+A policy maps P prompts to log-probabilities of K outcomes: a table [prompt, outcome].
 Where a task has few distinct prompts, one forward pass gives the whole table; then any number of
 samples is drawn by indexing it. There is no sampling loop over tokens.
 
@@ -222,7 +222,7 @@ def log_illegal(log_probs):
 
 
 class Policy:
-    """A language model with the adapter of this name, and a value head of its own.
+    """A language model with the adapter of this name (None: without), and a value head of its own.
 
     free: False: one of the answers is always given, K = A (at each token only what continues an
           answer is allowed, renormalised)
@@ -263,7 +263,10 @@ class Policy:
         return self.references[trie]
 
     def __call__(self, trie, graph=True, reference=False):
-        """Log-probabilities [P, K] and values [P], float32 on the CPU; reference: of the base.
+        """Log-probabilities [P, K] and values [P], float32 on the CPU.
+
+        graph:     whether they carry their graph
+        reference: whether the adapter is off, so that they are those of the base
 
         What is played, learned and reported is this table. So a sampling temperature would be a
         division of the logits, here.
@@ -276,16 +279,17 @@ class Policy:
             table = shared_table(trie, torch.cat([log_probs, values], dim=1)).cpu()
         if not table.isfinite().all():
             if reference:
-                reason = "the model's own probabilities are not finite: give --dtype float32"
+                reason = "the model's own probabilities are not finite: train with --dtype float32"
                 raise InputError(reason, "--model")
             self.reference(trie)  # it may be the base that is not finite
-            raise InputError("the policy is no longer finite: start again with a lower one")
+            raise InputError("the policy is no longer finite: start again with a lower --lr")
         return table[:, :-1], table[:, -1]
 
     def read(self, trie):
         """Run the model: logits [rows, Q, vocabulary], hidden states [rows, width], float32.
 
-        The hidden states are what the output head reads at the end of the bare prompts.
+        The hidden states are what the output head reads at the end of the bare prompts, the first
+        of the trie's prefixes.
         """
         seen = []
         head = self.model.get_output_embeddings()
@@ -370,7 +374,7 @@ def shared_table(trie, table_rows):
 
 @torch.no_grad()
 def check_runs(model, trie):
-    """Raise InputError if the bare model cannot run a trie. Nothing of ours is in this pass."""
+    """Raise InputError if the bare model cannot run a trie. No adapter is in this pass."""
     inputs = trie.inputs(model)
     try:
         model(**inputs)

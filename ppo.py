@@ -16,7 +16,7 @@ import torch
 from errors import InputError
 from lora import adapter
 
-# The paper's values.
+# The paper's values, or where it names none the defaults of TRL.
 CLIP = 0.2  # of the ratio and of the value
 VF_COEF = 0.1  # weight of the value loss
 GAE_LAMBDA = 0.95  # Schulman et al. (2016)
@@ -84,10 +84,10 @@ class Learner:
     lr:        Adam's learning rate;  epochs: optimizer steps per update
     kl_coef:   beta at the start;  kl_target: to which it adapts, in nats per sample; 0: fixed
     gamma:     discount per round
-    The defaults are the paper's.
+    The defaults of the last three are the paper's, and each round is its own sample.
     """
 
-    def __init__(self, policy, *, lr=1.41e-5, epochs=4, kl_coef=0.2, kl_target=6.0, gamma=0.0):
+    def __init__(self, policy, *, lr, epochs, kl_coef=0.2, kl_target=6.0, gamma=0.0):
         self.policy = policy
         self.parameters = policy.parameters()
         self.epochs = epochs
@@ -96,7 +96,7 @@ class Learner:
         self.gamma = gamma
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=ADAM_EPS, fused=True)
         self.moments = RunningMoments()
-        self.skipped = 0  # updates with a number that is not finite
+        self.skipped = 0  # updates that broke off at a number that is not finite
         self.skipped_in_a_row = 0
 
     def set_lr(self, lr):
@@ -167,13 +167,13 @@ class Learner:
     def report(self, trie, log_probs, prompt, ratio, policy_loss, value_loss):
         """What is logged of an update: dict of floats; `update` adds the last two.
 
-        kl:      of the table, exact, in nats, mean over the rounds played
-        entropy: of the table, in nats, mean over the rounds played
+        kl, entropy: of the table that was played, so before this update; exact, in nats, a mean
+                 over the rounds
         kl_coef: the one that was used
         policy_loss, value_loss, ratio: means of the last epoch
-        clipped: share of its ratios that the clip changes
+        clipped: share of its ratios that the clip changes; with one epoch the ratio is always 1
         explained_variance: how much of the targets the old values knew (1: all)
-        skipped: updates so far that were left out, for a number that is not finite
+        skipped: updates so far that broke off at a number that is not finite
         """
         log_probs = log_probs.double()
         exact_kl = (log_probs.exp() * (log_probs - self.policy.reference(trie))).sum(dim=1)
@@ -194,7 +194,9 @@ class Learner:
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row == MAX_SKIPPED:
-                raise InputError(f"{MAX_SKIPPED} updates in a row were not finite: try a lower one")
+                raise InputError(
+                    f"{MAX_SKIPPED} updates in a row were not finite: try a lower --lr"
+                )
             return
         self.skipped_in_a_row = 0
         if self.kl_target:

@@ -303,8 +303,9 @@ def mean_and_interval(values):
 
 
 def group_by_seed(baseline, agents, configs):
-    """The untuned model, then agents by groups of seeds: {label, name, reward, n, runs, means}.
+    """The untuned model, then agents by groups of seeds: dicts with label, name, reward, n, runs.
 
+    And the parts of `baseline`, with a mean and an interval at each leaf.
     baseline, agents: equally nested dicts of figures;  configs: the settings of the agents' runs
     Raises InputError if a seed comes twice in a group.
     """

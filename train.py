@@ -44,7 +44,7 @@ def parse(argv=None):
     if not given.reward:
         raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
     parser.set_defaults(**options.preset(given.recipe, given.model, given.opponent))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # once more, over the recipe's defaults
     with about("--prompt"):
         args.prompt = [envs.read_wording(word) for word in args.prompt]
     with about("--opponent"):
@@ -277,7 +277,8 @@ def train(args, agents, opponent, folder, state):
         if opponent:
             players.append(opponent.player(condition))
 
-        # How good are they by now? Exact, from the probabilities, not from what is played.
+        # How good are they by now? Exact, from the probabilities, not from what is played. Training
+        # stops early only in the last phase, after one update of it.
         accuracies = judge(reward, agents, players, condition.game, vars(args))
         known = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
         if known and min(known) > args.until and update > starts[-1]:
@@ -381,7 +382,7 @@ def add_columns(row, log, player, side):
 
 
 def save(args, agents, folder, updates, rng, before):
-    """Save all that --resume needs, in the first process, if --save-every is over.
+    """Save all that --resume needs, in the first process, if --save-every seconds are over.
 
     What is saved is good: no update is being skipped for numbers that are not finite.
     """

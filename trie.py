@@ -31,15 +31,17 @@ class Trie:
     the end of the plain text. Prompts that have less than half of their tokens in common are packed
     into sequences of their own, R in all: what they could share is not worth a wider mask.
 
-    rows       the prompts that are packed: of several processes each has its share
+    The axes are R sequences of N nodes; M of the nodes need the output head, in any sequence.
+
+    rows       the numbers of the prompts that are packed: of several processes each has its share
     prefixes   the Q beginnings of answers; the first one is empty: the bare prompt
     paths      per answer, a list of (q, token): after prefix q comes this token
     children   per answer prefix q, the tokens that may follow
     tokens     int64 [R, N]     token of each node; shorter sequences are padded at their end
     depth      int64 [R, N]     its position in its text
     ancestors  bool [R, N, N]   node i sees node j: j is a prefix of i, or i itself
-    keep       int64 [M]        the nodes at which the output head is needed
-    branches   int64 [rows, Q]  index into [R, M], flattened: the node of prompt and prefix q
+    keep       int64 [M]        the nodes at which any sequence needs the output head
+    branches   int64 [len(rows), Q]  index into [R, M], flattened: the node of prompt and prefix q
     """
 
     def __init__(self, prompts, answers):

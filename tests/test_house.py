@@ -25,7 +25,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "runs": "errors",
     "options": "envs rewards runs",
     "train": "errors envs rewards lora trie policy ppo runs options",
-    "evaluate": "errors envs rewards lora policy runs",
+    "evaluate": "errors envs rewards lora policy runs options",
 }
 OUTSIDE = {
     ".": "huggingface_hub",  # it comes with transformers

@@ -150,7 +150,7 @@ def test_beta_adapts_to_the_kl_of_what_was_answered():
     kl = (table[0].detach() - policy.reference(trie))[prompt, action].mean().item()
     # A target so near to it that the controller's own clip does not act; 0: beta is fixed.
     for target, factor in ((kl / 1.1, 1 + 0.1 * 40 / 10_000), (0, 1)):
-        learner = Learner(policy, lr=1e-12, kl_coef=0.3, kl_target=target)
+        learner = Learner(policy, lr=1e-12, epochs=4, kl_coef=0.3, kl_target=target)
         assert learner.update(trie, without_graph(table), *drawn_rounds())["kl_coef"] == 0.3
         assert learner.kl_coef == pytest.approx(0.3 * factor, rel=1e-6)
 
@@ -247,4 +247,4 @@ def test_a_saved_learner_goes_on_as_if_nothing_had_been():
     stats = [each.update(trie, each.policy(trie), *rounds) for each in (first, second)]
     assert stats[0] == stats[1] and all(map(torch.equal, first.parameters, second.parameters))
     with pytest.raises(InputError):  # of another policy
-        Learner(adapted_policy("gpt2")[0]).load_state(arrays, numbers)
+        Learner(adapted_policy("gpt2")[0], lr=1.0, epochs=1).load_state(arrays, numbers)
