@@ -88,6 +88,10 @@ MORAL_OTHER = {
 }
 
 RECIPES = ("quick", "paper", "moral")
+RECIPE_WORDS = (
+    "quick; paper: its settings; moral: games, names and layouts vary, so that more than a word is "
+    "learned. Each is a list of the other options, see options.py"
+)
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 
 
@@ -100,16 +104,20 @@ def preset(recipe, model, opponent=()):
     return EMBEDDED if model == "tiny" else OTHER
 
 
+def preset_words(flag):
+    """What the presets have for an option, in words; "" if they leave it out."""
+    key = flag[2:].replace("-", "_")
+    if key not in EMBEDDED:
+        return ""
+    return f" [{EMBEDDED[key]}; other models {OTHER[key]}; --recipe paper {PAPER[key]}]"
+
+
 def train_parser(description):
     """All options of train.py; what they leave open is filled in from a preset."""
     parser = Parser(description)
 
     def option(flag, help, **kwargs):
-        key = flag[2:].replace("-", "_")
-        if key in EMBEDDED:
-            usual = f"{EMBEDDED[key]}; other models {OTHER[key]}"
-            help += f" [{usual}; --recipe paper {PAPER[key]}]"
-        parser.option(flag, help, **kwargs)
+        parser.option(flag, help + preset_words(flag), **kwargs)
 
     fraction = number(float, 0, 1)
     until = number(float, 0, 1, above=True)
@@ -121,11 +129,7 @@ def train_parser(description):
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    recipes = (
-        "quick; paper: its settings; moral: games, names and layouts vary, so that more than a "
-    )
-    recipes += "word is learned. Each is a list of the other options, see options.py"
-    option("--recipe", recipes, choices=RECIPES, default="quick")
+    option("--recipe", RECIPE_WORDS, choices=RECIPES, default="quick")
     option("--game", envs.game_words(), metavar="GAME", default=["ipd"], nargs="+")
     option("--opponent", envs.opponent_words(), default=["tit-for-tat"], nargs="+")
     option("--sampling", sampling, choices=("constrained", "free"))
