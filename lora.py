@@ -15,7 +15,9 @@ copy of the weights. Several named adapters can share one base; at most one of t
 
 import json
 import math
+import re
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -78,13 +80,19 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def text_model(model):
+    """The part of a model that reads text. Vision and audio towers stand outside."""
+    decoder = model.get_decoder()
+    # Some classes call their output head by the name under which it is looked for.
+    return model if decoder is model.get_output_embeddings() else decoder
+
+
 def linear_layers(model):
     """The layers that can be adapted, by their names: dict name -> module.
 
-    They are all linear layers of the text model, but for the output head. Vision and audio towers
-    have no part in a text.
+    They are all linear layers of the text model, but for the output head.
     """
-    inside = set(model.get_decoder().modules())
+    inside = set(text_model(model).modules())
     layers = {}
     for path, module in model.named_modules():
         if module not in inside or path.endswith(".base"):
@@ -130,21 +138,22 @@ def coverage(model):
     Experts of a mixture that are one three-dimensional tensor, for example, are no linear layers:
     they are neither adapted nor kept in 4 bits. Embeddings and the output head are not counted.
     """
-    outside = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    counted = {id(tensor) for tensor in outside}
+    skipped = {id(model.get_output_embeddings().weight)}
     adapted = 0
-    for layer in lora_layers(model).values():
-        adapted += layer.n_in * layer.n_out
-        counted |= {id(tensor) for tensor in layer.parameters()}
-    left_out = {}
-    for path, tensor in model.get_decoder().named_parameters():
-        if tensor.ndim > 1 and id(tensor) not in counted:
-            left_out[path] = tensor.numel()
-    share = adapted / (adapted + sum(left_out.values()))
+    for module in text_model(model).modules():
+        if isinstance(module, LoRALinear):
+            adapted += module.n_in * module.n_out
+        if isinstance(module, LoRALinear | nn.Embedding):
+            skipped |= {id(tensor) for tensor in module.parameters()}
+    others = Counter()  # name, with * for the numbers of layers -> how many weights
+    for path, tensor in text_model(model).named_parameters():
+        if tensor.ndim > 1 and id(tensor) not in skipped:
+            others[re.sub(r"\b\d+\b", "*", path)] += tensor.numel()
+    share = adapted / (adapted + others.total())
     if share > 0.95:
         return ""
-    largest = max(left_out, key=left_out.get)
-    return f"LoRA (and --dtype nf4) covers {share:.0%} of the layers' weights, not {largest} ...\n"
+    names = ", ".join(name for name, _ in others.most_common())
+    return f"LoRA (and --dtype nf4) covers {share:.0%} of the layers' weights, not {names}\n"
 
 
 def adapter_parameters(model, name):

@@ -87,18 +87,19 @@ class NF4Product(torch.autograd.Function):
 def is_linear(module):
     """Whether a module computes x W' + bias and nothing else.
 
-    A subclass of nn.Linear may be a router that returns several tensors, so it is tried.
+    A subclass of nn.Linear may do more: a router returns several tensors. So it is tried.
     """
     if type(module) in (nn.Linear, Conv1D, NF4Linear):
         return True
     if not isinstance(module, nn.Linear):
         return False
-    x = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    x = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         y = module(x)
     except Exception:  # of the model's own code
         return False
-    return isinstance(y, torch.Tensor) and y.shape == (1, module.out_features)
+    plain = nn.functional.linear(x, module.weight, module.bias)
+    return isinstance(y, torch.Tensor) and y.shape == plain.shape and torch.allclose(y, plain)
 
 
 def quantise_layers(model, dtype):

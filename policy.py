@@ -49,7 +49,7 @@ def load_model(path, device=None, dtype="float32", checkpointing=False):
     if (Path(path) / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter: name the model that it was made for")
     if not Path(path).exists():
-        check_hub(path)
+        check_hub()
     with quiet():
         model, report, tokenizer = read_model(path, dtype)
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -68,7 +68,7 @@ def load_model(path, device=None, dtype="float32", checkpointing=False):
     return model.to(device), tokenizer
 
 
-def check_hub(name):
+def check_hub():
     """Without a network, make the hub's library look at its cache only, not try again and again."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
@@ -100,15 +100,15 @@ def read_model(path, dtype):
         raise unloadable(path, error) from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{path} is quantised: name the model that it was made from")
-    # The fused attention kernels know no soft-capping of attention logits (Gemma 2).
-    soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    stored = "auto" if dtype == "nf4" else getattr(torch, dtype)  # NF4 is made of what is stored
+    attention = None
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        attention = "eager"  # the fused kernels know no soft-capping of attention logits (Gemma 2)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype="auto"
-            if dtype == "nf4"
-            else getattr(torch, dtype),  # NF4 is made of what is stored
-            attn_implementation="eager" if soft_capped else None,
+            dtype=stored,
+            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report
@@ -387,14 +387,17 @@ def check_runs(model, trie):
 
 @torch.no_grad()
 def check_causal(policy, trie):
-    """Raise InputError if a plain forward pass over prompt and answer disagrees with the table."""
-    table = policy.reference(trie)
+    """Raise InputError if a plain forward pass over prompt and answer disagrees with the table.
+
+    The adapter is on in both, so that it has run once before anything is written.
+    """
+    table, _ = policy(trie, graph=False)
     # The last one in the trie: what it shares with the others stands far from the rest of it.
     row = max(trie.rows, key=trie.prompts.__getitem__)
     prompt = trie.prompts[row]
     answer = trie.answers[-1]
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=policy.model.device)
-    with adapter(policy.model, None):
+    with adapter(policy.model, policy.name):
         logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
     expected = 0.0
     for scores, (q, token) in zip(logits[len(prompt) - 1 :], trie.paths[-1]):

@@ -80,9 +80,8 @@ class Trie:
         sequences = []
         ends = {}
         previous = []
-        for row in sorted(
-            self.rows, key=self.prompts.__getitem__
-        ):  # neighbours have most in common
+        in_order = sorted(self.rows, key=self.prompts.__getitem__)
+        for row in in_order:  # neighbours have most in common
             prompt = self.prompts[row]
             half = (len(prompt) + 1) // 2
             if previous[:half] != prompt[:half]:
@@ -96,7 +95,9 @@ class Trie:
     def make_tensors(self, sequences, ends):
         """Set tokens, depth, ancestors, keep and branches."""
         size = max(len(nodes) for nodes in sequences)
-        self.tokens = torch.zeros(len(sequences), size, dtype=torch.long)
+        # A common token pads: that of the tokenizer may have the embedding 0, and then a norm of
+        # the model no gradient.
+        self.tokens = torch.full((len(sequences), size), self.prompts[0][0])
         self.depth = torch.zeros(len(sequences), size, dtype=torch.long)
         self.ancestors = torch.eye(size, dtype=torch.bool).repeat(len(sequences), 1, 1)
         for r, nodes in enumerate(sequences):

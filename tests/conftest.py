@@ -131,6 +131,7 @@ def plain_passes(policy, texts, answers, reference=False):
     Returns log-probabilities [P, K] and values [P], with their graph.
     """
     model = policy.model
+    body = model.base_model if model.base_model is not model else model.model
     log_probs, values = [], []
     with adapter(model, None if reference else policy.name):
         for text in texts:
@@ -149,7 +150,7 @@ def plain_passes(policy, texts, answers, reference=False):
             if policy.free:
                 row.append(torch.log1p(-torch.stack(row).exp().sum()))
             log_probs.append(torch.stack(row))
-            hidden = model.base_model(torch.tensor([text])).last_hidden_state[0, -1]
+            hidden = body(torch.tensor([text])).last_hidden_state[0, -1]
             values.append(hidden @ policy.value_head.weight[0] + policy.value_head.bias[0])
     return torch.stack(log_probs), torch.stack(values)
 

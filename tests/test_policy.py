@@ -16,8 +16,8 @@ import policy as policies
 import trie as tries
 from conftest import CONFIGS, ROOT, adapted_policy, plain_passes, random_model
 from envs import Condition, build_prompts
-from errors import InputError
-from lora import add_adapter
+from errors import InputError, about
+from lora import LoRALinear, add_adapter
 from policy import Policy, checkpoint_layers, encode
 from ppo import Learner
 from trie import Trie
@@ -396,3 +396,53 @@ def test_the_date_in_a_template_stands_still():
     dated = "{% set f = '%d %b %Y' %}{{ strftime_now(f) }} {{ strftime_now('%d %b %Y') }} "
     tokenizer.chat_template = dated + TURN
     assert policies.write_chats(tokenizer, chats) == ["1 January 2025 1 January 2025 Hi."]
+
+
+def bug(*_, **__):
+    raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("place", ["read_answers", "pack", "answer_tokens", "head", "LoRALinear"])
+def test_a_bug_comes_out_as_it_is(place, monkeypatch, tiny):
+    """Nothing but an InputError is caught, so a fork's own mistake keeps its traceback."""
+    names = ("moon", "sun")
+    texts = build_prompts(Condition(actions=names))
+    policy = Policy(random_model("llama"), tiny[1], "player")
+    add_adapter(policy.model, "player", 4, 8)
+    trie = Trie(TEXTS, ANSWERS)
+    if place in ("read_answers", "pack"):
+        monkeypatch.setattr(Trie, place, bug)
+    elif place == "answer_tokens":
+        monkeypatch.setattr(policies, place, bug)
+    elif place == "head":
+        monkeypatch.setattr(policy.value_head, "forward", bug)
+    else:
+        monkeypatch.setattr(LoRALinear, "forward", bug)
+    with about("--model"), pytest.raises(KeyError, match="a bug"):
+        policy.trie(texts, names)
+        policies.check_causal(policy, trie)
+
+
+def test_a_bare_model_that_runs_out_of_memory_is_no_model_at_fault(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("too much")
+
+    model = random_model("llama")
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        policies.check_runs(model, Trie(TEXTS, ANSWERS))
+
+
+def test_only_the_last_layer_of_a_value_head_starts_at_zero(monkeypatch):
+    """So that a fork may give it a hidden layer."""
+
+    def deep(n_in, n_out, device):
+        first, last = linear(n_in, 8, device=device), linear(8, n_out, device=device)
+        return torch.nn.Sequential(first, torch.nn.Tanh(), last)
+
+    linear = torch.nn.Linear
+    model = random_model("llama")
+    monkeypatch.setattr(torch.nn, "Linear", deep)
+    head = Policy(model, None, None).value_head
+    assert head[0].weight.abs().min() > 0
+    assert not head[2].weight.any() and not head[2].bias.any()
