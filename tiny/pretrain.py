@@ -2,7 +2,9 @@
 
     python tiny/pretrain.py             # train (50 minutes on one core), save here, measure
     python tiny/pretrain.py --measure   # only measure the saved model
+    python tiny/pretrain.py --without best_reply total equal average average_total --out FOLDER
 
+The last line trains a control: a model that reads games and was never asked which action is better.
 The model is a Gemma 3 of a million parameters. It is taught to *read* a game, not to play it: what
 a cell of the payoff matrix holds, what the last moves were, and the skills that morals are made of,
 as questions with checkable answers. The decision itself is answered by either name and by other
@@ -285,19 +287,23 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true", help="only measure the saved model")
+    parser.add_argument("--without", nargs="+", default=[], metavar="KIND", choices=[*QUESTIONS])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the model")
     args = parser.parse_args()
     if args.measure:
-        model = Gemma3ForCausalLM.from_pretrained(HERE)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE)
+        model = Gemma3ForCausalLM.from_pretrained(args.out)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         # Part of the recipe: another number of threads sums in another order.
         torch.set_num_threads(THREADS)
         tokenizer = make_tokenizer()
+        for kind in args.without:  # after the vocabulary is made: it stays the same
+            del QUESTIONS[kind]
         model = make_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
         train(model, tokenizer)
-        model.save_pretrained(HERE)
-        tokenizer.save_pretrained(HERE)
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
     print_measures(model.eval(), tokenizer)
 
 
