@@ -251,6 +251,7 @@ def main(argv=None):
         parser = Parser(__doc__)
         parser.option("runs", "of one base model", nargs="+", type=Path, metavar="RUN")
         parser.option("--final", "in the games that nothing was chosen by", action="store_true")
+        parser.option("--actions", "this pair of names instead", nargs=2, metavar="NAME")
         parser.option("--sampling", "", choices=("constrained", "free"), default="constrained")
         parser.option("--json", "write everything to this file", type=Path, metavar="FILE")
         parser.option("--overwrite", "replace this file", action="store_true")
@@ -260,6 +261,8 @@ def main(argv=None):
                 check_free(args.json, args.overwrite)
         players = Players(args.runs)
         test = FINAL if args.final else DEVELOPMENT
+        if args.actions:
+            test = {**test, "pairs": (tuple(args.actions),)}
         results = [test_run(players, run, test, args.sampling) for run in args.runs]
         print_results(results)
         if args.final:

@@ -228,3 +228,8 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "In a wording that training never showed:" in printed
     with refused(capsys, "--json", "exists", "--overwrite"):
         transfer.main([str(run), "--json", str(path)])
+    transfer.main([str(run), "--actions", "moon", "sun"])
+    given = capsys.readouterr().out
+    monkeypatch.setitem(transfer.DEVELOPMENT, "pairs", (("moon", "sun"),))
+    transfer.main([str(run)])
+    assert capsys.readouterr().out == given
