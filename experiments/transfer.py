@@ -14,7 +14,9 @@ where they fail:
 
 The first line of an agent is its mean probability of the right action, the second the share of
 states in which that action is the likelier one; the half width of the 95 % interval over games is
-below the figures. The last line names the rules that answer as the agent does in the most states.
+below the figures. Then come the rules that answer as the agent does in the most states, and how
+often it does right in the Prisoner's Dilemma in the first names of training, in their own roles and
+in each other's.
 """
 
 import sys
@@ -64,7 +66,7 @@ class Cases(NamedTuple):
 
 
 def make_cases(test, config, wording=None, side=0):
-    """The Cases for a run with these settings. test: DEVELOPMENT or FINAL."""
+    """The Cases of the new games for a run with these settings. test: DEVELOPMENT or FINAL."""
     rng = np.random.default_rng(test["seed"])
     layouts = config["layout"]
     pairs = test["pairs"]
@@ -77,6 +79,11 @@ def make_cases(test, config, wording=None, side=0):
         for actions in (names, names[::-1]):
             conditions.append(envs.Condition(game, actions, layout, wording or config["prompt"][0]))
             numbers.append(i)
+    return cases_of(conditions, numbers, config, side)
+
+
+def cases_of(conditions, numbers, config, side):
+    """The Cases of these Conditions; numbers: of which game each is."""
     reward = config["reward"][-1]
     right = []
     difference = []
@@ -201,8 +208,24 @@ def word_rule(takes_c, cases):
     return np.repeat(np.array(p)[:, None], 4, axis=1)
 
 
+def at_home(players, run, sampling):
+    """P(right) in the Prisoner's Dilemma, a mean over states, in the first names of training.
+
+    Returns that in their own roles and in each other's; None where the reward asks for nothing.
+    """
+    config = players.configs[run]
+    names = tuple(envs.action_names(config["actions"])[:2])
+    scores = []
+    for actions in (names, names[::-1]):
+        condition = envs.Condition("ipd", actions, config["layout"][0], config["prompt"][0])
+        cases = cases_of([condition], [0], config, players.side(run))
+        tuned = answers(players, run, cases, sampling)
+        scores.append(score(tuned, cases, config["reward"][-1])["all"]["p"])
+    return scores
+
+
 def test_run(players, run, test, sampling, wording=None):
-    """All about one run: {"run", "reward", "agent", "untuned", "rules", "explained"}."""
+    """All about one run: {"run", "reward", "agent", "home", "untuned", "rules", "explained"}."""
     config = players.configs[run]
     reward = config["reward"][-1]
     cases = make_cases(test, config, wording, side=players.side(run))
@@ -211,6 +234,7 @@ def test_run(players, run, test, sampling, wording=None):
         "run": str(run),
         "reward": reward,
         "agent": score(tuned, cases, reward),
+        "home": at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
         "untuned": score(answers(players, None, cases, sampling), cases, reward),
         "explained": explain(tuned, cases, reward),
@@ -244,6 +268,8 @@ def print_results(results):
             best = [f"{name} {share:.2f}" for name, share in result["explained"].items()][:3]
             illegal = f"; illegal {result['illegal']:.2f}" if result["illegal"] > 0.005 else ""
             print(f"  answers as: {', '.join(best)}{illegal}")
+            home = ["-" if p is None else f"{p:.2f}" for p in result["home"]]
+            print("  ipd, names of training {}, in each other's role {}".format(*home))
 
 
 def main(argv=None):

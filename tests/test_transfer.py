@@ -15,6 +15,7 @@ from policy import load_model
 from wordings import LAYOUTS, NAMES, TEMPLATES
 
 SETTINGS = {"xi": 3.0, "illegal": -6.0, "layout": list(LAYOUTS), "prompt": ["brief"]}
+SETTINGS["actions"] = ["left", "right", "up"]
 
 
 class HandMade:
@@ -33,7 +34,7 @@ class HandMade:
 
 def cells(condition, side):
     """Points (own, other's) after CC, CD, DC, DD as a side sees them."""
-    cc, cd, dc, dd = condition.game
+    cc, cd, dc, dd = envs.GAMES.get(condition.game, condition.game)
     return [cc[::-1], dc[::-1], cd[::-1], dd[::-1]] if side else [cc, cd, dc, dd]
 
 
@@ -106,6 +107,18 @@ def test_a_moral_that_is_no_simple_rule_has_a_name_of_its_own():
         assert {leaf["p"] for leaf in result[agent].values()} <= {1.0, None}
         assert result[agent]["costs"]["games"] > 50
     assert result["rules"]["always C"]["all"]["p"] < 1
+
+
+@pytest.mark.parametrize("reward, own, swapped", [("utilitarian", 0.8, 0.2), ("game", 0.2, 0.8)])
+def test_at_home_in_both_roles(reward, own, swapped):
+    """Of who says "left" with 0.8, whatever it stands for, and the other name with 0.2."""
+
+    def act(condition, side):
+        p_c = 0.8 if condition.actions[0] == "left" else 0.2
+        return np.tile([p_c, 1 - p_c, 0], (4, 4, 1))
+
+    home = transfer.at_home(HandMade(act, reward=[reward]), "run", "constrained")
+    assert home == pytest.approx([own, swapped])
 
 
 def plain_columns(reward, condition, side, state):
@@ -224,6 +237,8 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
         assert abs(result["agent"]["all"]["p"] - result["untuned"]["all"]["p"]) > 1e-4
         best, share = next(iter(result["explained"].items()))
         assert f"answers as: {best} {share:.2f}, " in printed and abs(result["illegal"]) < 1e-6
+        in_both = "{:.2f}, in each other's role {:.2f}".format(*result["home"])
+        assert f"  ipd, names of training {in_both}" in printed
         assert f"  {'untuned':46}{result['untuned']['all']['p']:8.2f}" in printed
     assert "In a wording that training never showed:" in printed
     with refused(capsys, "--json", "exists", "--overwrite"):
