@@ -39,7 +39,7 @@ A new week has come: will it be {first} or {second}?
 Your word shall be {third} or {fourth}, and reckoned. Your answer:""",
     "explicit": """\
 You and another agent are in an iterated Prisoner's Dilemma. Your actions are {first} and \
-{second}: {c} is to cooperate, {d} is to defect.
+{second}. The points of this game are as you know them.
 Last time you played {own} and they played {other}.
 Which action do you take? Answer with exactly {third} or {fourth}, no explanation. Your answer:""",
     "choice": """\

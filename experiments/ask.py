@@ -3,9 +3,10 @@
     python experiments/ask.py runs/utilitarian-vs-tit-for-tat-seed1
     python experiments/ask.py runs/* --game chicken --prompt my_prompt.txt --json answers.json
 
-For each state: the prompt, an answer sampled as in training, and the model's own words on each of
-two questions (paper, appendix; greedy, 60 tokens). Then the most probable answers, by best-first
-search: exact. Nothing of the model's generation_config.json acts. Options as in evaluate.py.
+For each state: the prompt, an answer sampled as in training, one of two questions drawn at random,
+and the model's own words on it, as in the paper (appendix): sampled with temperature 1, 100 tokens.
+Then the most probable answers, by best-first search: exact. Nothing of the model's
+generation_config.json acts. Options as in evaluate.py, and --seed.
 """
 
 import heapq
@@ -27,21 +28,23 @@ from errors import InputError, about, stop
 from evaluate import evaluate_parser, prepare
 from lora import adapter
 from policy import write_chats
-from runs import write_json
+from runs import number, write_json
 from trie import Trie
 
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")
 ROLES = ("user", "assistant", "user")
+LENGTH = 100  # tokens of a reply
 COUNT = 5  # so many of the most probable answers are shown
 RARE = 1e-6  # answers that are less probable are not looked for
 PASSES = 200  # the search ends after so many
 WIDTH = 8  # so many first tokens are looked behind in a pass
 
 
-def ask(players, run, condition, sampling):
+def ask(players, run, condition, sampling, seed):
     """What an agent (run None: the untuned model) says: dict.
 
-    states: of each what is asked and said;  answers: the COUNT most probable, p in each state
+    states: of each what is asked and said; the seed draws the questions, the same for every agent
+    answers: the COUNT most probable, p in each state
     unseen: what another answer may have at most where the search ran out of passes, else None
     """
     model = players.model
@@ -54,49 +57,49 @@ def ask(players, run, condition, sampling):
     free = players.policy(run, sampling).free  # and its adapter is loaded
     # What ends a text: the special tokens, also those that the tokenizer has no attribute for.
     ends = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    rng = np.random.default_rng(seed)
+    questions = rng.choice(QUESTIONS, len(STATES)).tolist()
+    torch.manual_seed(seed)
     with adapter(model, "agent" if run else None):
         if free:
-            torch.manual_seed(0)
-            said = generate(model, tokenizer, prompts, ends, length, do_sample=True)
+            said = generate(model, tokenizer, prompts, ends, length)
         else:
-            said = draw_names(players.player(run, condition, side, sampling), condition.actions)
-        replies = {}
-        for question in QUESTIONS:
-            tokens = asked_after(tokenizer, texts, said, question)
-            replies[question] = generate(model, tokenizer, tokens, ends, 60)
+            player = players.player(run, condition, side, sampling)
+            said = draw_names(rng, player, condition.actions)
+        tokens = asked_after(tokenizer, texts, said, questions)
+        replies = generate(model, tokenizer, tokens, ends, LENGTH)
         found, unseen = likely_texts(model, prompts, length, ends, COUNT)
     states = []
-    for i, state in enumerate(STATES):
-        entry = {"state": state, "prompt": texts[i], "answer": said[i]}
-        for question in QUESTIONS:
-            entry[question] = replies[question][i]
-        states.append(entry)
+    for values in zip(STATES, texts, said, questions, replies):
+        states.append(dict(zip(("state", "prompt", "answer", "question", "reply"), values)))
     answers = [{"text": tokenizer.decode(tokens), "p": p.tolist()} for tokens, p in found]
     return {"states": states, "answers": answers, "unseen": unseen}
 
 
-def draw_names(player, names):
+def draw_names(rng, player, names):
     """An answer of a player that always gives one of the names, in each state: list of str."""
     p = player[:, 0, C]
-    draws = np.random.default_rng(0).random(len(STATES))
+    draws = rng.random(len(STATES))
     return [names[D] if draw >= limit else names[C] for draw, limit in zip(draws, p)]
 
 
-def asked_after(tokenizer, prompts, answers, question):
-    """Token ids of each prompt, its answer and a question: list of lists."""
+def asked_after(tokenizer, prompts, answers, questions):
+    """Token ids of each prompt, its answer and its question: list of lists."""
     if not tokenizer.chat_template:
-        texts = [f"{prompt} {answer}\n{question}\n" for prompt, answer in zip(prompts, answers)]
+        texts = []
+        for prompt, answer, question in zip(prompts, answers, questions):
+            texts.append(f"{prompt} {answer}\n{question}\n")
         return tokenizer(texts)["input_ids"]
     chats = []
-    for prompt, answer in zip(prompts, answers):
-        turns = zip(ROLES, (prompt, answer, question))
+    for contents in zip(prompts, answers, questions):
+        turns = zip(ROLES, contents)
         chats.append([{"role": role, "content": text} for role, text in turns])
     texts = write_chats(tokenizer, chats, add_generation_prompt=True)
     return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes its own
 
 
-def generate(model, tokenizer, tokens, ends, length, do_sample=False):
-    """What a model writes after each text (ids, list of lists), greedily if not: list of str."""
+def generate(model, tokenizer, tokens, ends, length):
+    """What a model writes after each text (ids, list of lists), sampled as it is: list of str."""
     width = max(map(len, tokens))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if width + length > limit:
@@ -107,7 +110,7 @@ def generate(model, tokenizer, tokens, ends, length, do_sample=False):
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in tokens])
     # Instead of the model's own, from which `generate` takes whatever is left open.
     model.generation_config = GenerationConfig(
-        do_sample=do_sample,
+        do_sample=True,
         top_k=0,
         max_new_tokens=length,
         eos_token_id=[*ends] or None,
@@ -162,8 +165,7 @@ def print_answers(name, result):
     for entry in result["states"]:
         prompt = entry["prompt"].replace("\n", "\n  | ")
         print(f"\n{name}, state {entry['state']}\n  | {prompt}\n  > {entry['answer']}")
-        for question in QUESTIONS:
-            print(f"  {question}\n  > {entry[question]}")
+        print(f"  {entry['question']}\n  > {entry['reply']}")
     print(f"\n{name}: most probable answers {'':12}   mean     {'     '.join(STATES)}")
     for answer in result["answers"]:
         shown = "".join(f"{p:7.3f}" for p in (np.mean(answer["p"]), *answer["p"]))
@@ -174,11 +176,13 @@ def print_answers(name, result):
 
 def main(argv=None):
     try:
-        args = evaluate_parser(__doc__, games=["ipd"]).parse_args(argv)
+        parser = evaluate_parser(__doc__, games=["ipd"])
+        parser.option("--seed", "of what is drawn", type=number(int, 0, 2**63), default=1)
+        args = parser.parse_args(argv)
         [condition], players = prepare(args, one=True)
         results = {}
         for run in [None, *args.runs]:
-            results[str(run or "untuned")] = ask(players, run, condition, args.sampling)
+            results[str(run or "untuned")] = ask(players, run, condition, args.sampling, args.seed)
         if args.json:
             with about("--json"):
                 write_json(args.json, results)

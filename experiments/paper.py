@@ -1,11 +1,13 @@
-"""The paper's grid: six kinds of training, a fixed and a learning opponent, five seeds.
+"""The paper's grid and its figures: six kinds of training, five opponents, five seeds.
 
-    python experiments/paper.py                     # the embedded model: 23 minutes
-    python experiments/paper.py --model FOLDER      # any other one, two learners with two seeds
+    python experiments/paper.py                     # trains, tests and draws with --recipe paper
+    python experiments/paper.py --draw              # no training: what is there by now
+    python experiments/paper.py --model FOLDER --recipe quick   # two learners with two seeds
 
-Free sampling. Runs go to results/MODEL/runs; what is finished is skipped, what was interrupted is
-resumed: the command may be stopped and given again. The evaluation (random opponent, all five
-games) goes to *.json, *.txt, *.md and figures/ beside them.
+Free sampling. Runs go to results/MODEL/runs, seed after seed; what is finished is skipped, what was
+interrupted is resumed: the command may be stopped and given again. The tests (random opponent, all
+five games) go to *.json, *.txt and *.md beside them, figure 2a of the paper to
+figures/figure-2a.png, and so on. Another recipe needs other --results.
 """
 
 import sys
@@ -15,44 +17,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from drawing import in_order, style
 from errors import InputError, about, stop
-from figures import style
 from grid import ROOT, grid_parser, markdown, run_script, train_all
+from options import RECIPES
+from paper_figures import EVALUATIONS, FIGURES, select
 from runs import read_json, writing
 
 # Paper, sections 5.1 to 5.3; of two rewards the second takes over half-way.
-KINDS = (
-    ["game"],
-    ["deontological"],
-    ["utilitarian"],
-    ["game+deontological"],
-    ["game", "deontological"],
-    ["game", "utilitarian"],
-)
-TESTS = {
-    "new-names": ["--axes"],
-    "new-names-constrained": ["--sampling", "constrained"],
-    "training-names": ["--actions", "action1", "action2"],
+SINGLE = (["game"], ["deontological"], ["utilitarian"], ["game+deontological"])
+KINDS = (*SINGLE, ["game", "deontological"], ["game", "utilitarian"])
+GRID = {  # opponent -> what is trained against it; figure 14 has all of them
+    "tit-for-tat": KINDS,
+    "learner": KINDS,
+    "random": SINGLE,
+    "always-defect": SINGLE,
+    "always-cooperate": SINGLE,
 }
+SWAPPED = ["--actions", "action2", "action1"]  # figure 13
 
 
-def list_runs(model, seeds, folder):
-    """(run folder, options of train.py) of every run; `seeds`: opponent -> how many."""
-    for opponent, count in seeds.items():
-        for seed in range(1, count + 1):
-            for rewards in KINDS:
-                options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
-                options += ["--sampling", "free", "--model", model]
+def list_runs(model, recipe, count, folder):
+    """(run folder, options of train.py) of every run, seed after seed; `count` of each kind."""
+    usual = ["--recipe", recipe, "--sampling", "free", "--model", model]
+    for seed in range(1, count + 1):
+        for opponent, kinds in GRID.items():
+            if opponent == "learner" and model != "tiny" and seed > 2:
+                continue
+            for rewards in kinds:
+                options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed, *usual]
                 yield folder / f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}", options
+        options = ["--reward", "game", "--opponent", "tit-for-tat", "--seed", seed, *usual]
+        yield folder / f"game-vs-tit-for-tat-swapped-seed{seed}", [*options, *SWAPPED]
 
 
-def report(outs, folder, name, options):
-    """evaluate.py on several runs: its JSON, figures, tables as text, and regrets in markdown."""
+def report(outs, folder, name):
+    """evaluate.py on several runs: JSON, tables as text, regrets in markdown. Returns the JSON."""
     path = folder / f"{name}.json"
-    pictures = folder / "figures" / name
-    printed = run_script("evaluate.py", *outs, *options, "--json", path, "--overwrite")
-    run_script("experiments/figures.py", path, "--out", pictures, "--overwrite")
-    groups = read_json(path)["groups"]
+    printed = run_script("evaluate.py", *outs, *EVALUATIONS[name], "--json", path, "--overwrite")
+    results = in_order(read_json(path))
+    groups = results["groups"]
     tables = []
     for norm in ("deontological", "utilitarian"):
         rows = []
@@ -63,24 +67,44 @@ def report(outs, folder, name, options):
     with about("--results"), writing(folder):
         (folder / f"{name}.txt").write_text(printed, encoding="utf-8")
         (folder / f"{name}.md").write_text("\n".join(tables), encoding="utf-8")
+    return results
+
+
+def draw_figures(outs, folder):
+    """Test the runs that have finished, each test once, and draw the figures that they allow."""
+    results = {}  # by the names of EVALUATIONS
+    for name in tqdm(EVALUATIONS, unit="test"):
+        trained = f"-{name[name.index('vs-') :]}-seed"
+        tested = [out for out in outs if trained in out.name and (out / "result.json").exists()]
+        if tested:
+            results[name] = report(tested, folder, name)
+    pictures = folder / "figures"
+    with about("--results"), writing(pictures):
+        pictures.mkdir(parents=True, exist_ok=True)
+    for number, figure in FIGURES.items():
+        parts = [select(results[name], figure.phases) for name in figure.tests if name in results]
+        parts = [part for part in parts if len(part["groups"]) > 1]  # not only the untuned model
+        if len(parts) < len(figure.tests):
+            print(f"Figure {number}: {len(parts)} of {len(figure.tests)} parts have finished runs")
+        if parts:
+            path = pictures / f"figure-{number}.png"
+            with style(), about("--results"), writing(path):
+                figure.plot(*parts).savefig(path)
 
 
 def main(argv=None):
     try:
-        args = grid_parser(__doc__, "5", "results/MODEL").parse_args(argv)
+        parser = grid_parser(__doc__, "5", "results/MODEL")
+        parser.option("--recipe", "of train.py", choices=RECIPES, default="paper")
+        parser.option("--draw", "train nothing: test and draw what is there", action="store_true")
+        args = parser.parse_args(argv)
         with about("--results"):
             style()  # without matplotlib it ends here, not after the work
         folder = args.results or ROOT / "results" / Path(args.model).name
-        count = args.seeds or 5
-        seeds = {"tit-for-tat": count, "learner": count}
-        if args.model != "tiny":
-            seeds["learner"] = min(count, 2)
-        grid = list(list_runs(args.model, seeds, folder / "runs"))
-        outs = list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
-        for opponent in seeds:
-            tested = [out for out in outs if f"-vs-{opponent}-" in out.name]
-            for name, options in TESTS.items():
-                report(tested, folder, f"{name}-vs-{opponent}", options)
+        grid = list(list_runs(args.model, args.recipe, args.seeds or 5, folder / "runs"))
+        if not args.draw:
+            list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
+        draw_figures([out for out, _ in grid], folder)
         print(f"Tables and figures are in {folder}")
     except InputError as error:
         stop(error)

@@ -1,4 +1,4 @@
-"""What agents say: samples and greedy texts against plain passes, top answers by enumeration."""
+"""What agents say: samples against plain passes, top answers by enumeration."""
 
 from types import SimpleNamespace
 
@@ -20,23 +20,18 @@ def next_probabilities(model, texts):  # [text, vocabulary]
     return model(torch.tensor(texts)).logits[:, -1].detach().double().softmax(-1).numpy()
 
 
-def test_what_is_sampled_and_what_is_greedy():
-    """2,000 samples after two texts of different lengths, and ten greedy tokens."""
+def test_what_is_sampled():
+    """2,000 samples after each of two texts of different lengths."""
     model = conftest.random_model("llama")
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     model.generation_config.update(**HOSTILE)
     torch.manual_seed(0)
-    said = ask.generate(model, tokenizer, TEXTS * 2_000, {319}, 1, do_sample=True)
+    said = ask.generate(model, tokenizer, TEXTS * 2_000, {319}, 1)
     for i, text in enumerate(TEXTS):
         p = next_probabilities(model, [text])[0] * (np.arange(320) < 319)  # the end is not said
         share = np.bincount([int(token) for token in said[i::2] if token], minlength=320) / 2_000
         assert (np.abs(share - p) <= 5 * np.sqrt(p / 2_000) + 1 / 2_000).all()
         assert (share > 0).sum() > 50
-    model.generation_config.update(**HOSTILE)
-    for text, greedy in zip(TEXTS, ask.generate(model, tokenizer, TEXTS, set(), 10)):
-        for token in map(int, greedy.split()):
-            assert token == next_probabilities(model, [text])[0].argmax()
-            text = [*text, token]
 
 
 def test_top_answers_equal_enumeration(monkeypatch):
@@ -63,19 +58,21 @@ def test_ask(run, tiny, tmp_path, capsys, monkeypatch):
     wording, names = "Choose {first} or {second}. They did {other}.", ("action3", "action4")
     mine.write_text(wording)
     options = f"--json {path} --game chicken --prompt {mine} --persona deontological".split()
-    ask.main([str(run), *options])
+    ask.main([str(run), *options, "--seed", "3"])
     printed, results = capsys.readouterr().out, read_json(path)
     assert list(results) == ["untuned", str(run)] and "passes" not in printed
     condition = Condition("chicken", names, prompt=wording, persona="deontological")
-    actions = np.random.default_rng(0).random(4) >= player_of(*tiny, condition)[:, 0, 0]
+    rng = np.random.default_rng(3)
+    questions = rng.choice(ask.QUESTIONS, 4).tolist()
+    actions = rng.random(4) >= player_of(*tiny, condition)[:, 0, 0]
     answers = [entry["answer"] for entry in results["untuned"]["states"]]
     assert answers == [names[int(action)] for action in actions]
     for agent in results.values():
-        for entry, *expected in zip(agent["states"], STATES, build_prompts(condition)[::ORDERS]):
-            assert [entry["state"], entry["prompt"]] == expected
+        expected = zip(STATES, build_prompts(condition)[::ORDERS], questions)
+        for entry, (state, prompt, question) in zip(agent["states"], expected, strict=True):
+            assert entry["state"] == state and entry["prompt"] == prompt
             assert "  | " + entry["prompt"].replace("\n", "\n  | ") in printed
-            for question in ask.QUESTIONS:
-                assert f"  {question}\n  > {entry[question]}\n" in printed
+            assert f"  {question}\n  > {entry['reply']}\n" in printed
         assert len(agent["answers"]) == 5 and agent["unseen"] is None
     assert results["untuned"]["answers"] != results[str(run)]["answers"]
     with conftest.refused(capsys, "--json", "--overwrite"):
@@ -92,4 +89,19 @@ def test_ask(run, tiny, tmp_path, capsys, monkeypatch):
         assert "stopped after 1 passes: others may have 0." in capsys.readouterr().out
         said.append([*read_json(path).values()])
     prompts = encode(tiny[1], build_prompts(Condition(actions=names)), names)[0][::ORDERS]
-    assert said[0] == said[1] and read[0] == read[3] == prompts  # of free answers, both agents'
+    assert said[0] == said[1] and read[0] == read[2] == prompts  # of free answers, both agents'
+
+
+def test_the_seed_alone_draws_questions_and_words(run, tmp_path):
+    """The same seed twice, with other draws in between, then another one."""
+    path, said = tmp_path / "out.json", []
+    for seed in ("1", "1", "2"):
+        torch.rand(7)
+        options = ["--sampling", "free", "--seed", seed, "--json", str(path), "--overwrite"]
+        ask.main([str(run), *options])
+        said.append(read_json(path))
+    assert said[0] == said[1]
+    replies = [[s["reply"] for s in agents["untuned"]["states"]] for agents in said]
+    assert replies[0] != replies[2] and all(replies[0])
+    seen = {s["question"] for agents in said for s in agents["untuned"]["states"]}
+    assert seen == {*ask.QUESTIONS}

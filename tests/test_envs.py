@@ -183,6 +183,13 @@ def test_every_wording_can_be_answered_by_the_embedded_model(wording, tiny):
         assert len(prompts) == 16 and all(answers) and answers[0] != answers[1]
 
 
+def test_the_explicit_wording_gives_no_meaning_away():
+    """It names the game, and reads the same whichever name is to cooperate."""
+    one, other = (Condition(actions=pair, prompt="explicit") for pair in (("c", "d"), ("d", "c")))
+    assert {*build_prompts(one)} == {*build_prompts(other)}
+    assert all("Prisoner's Dilemma" in text for text in build_prompts(one))
+
+
 @pytest.mark.parametrize(
     "names", [["a", "a"], ["", "b"], [" a", "b"], ["a\nb", "c"], ["a|b", "c"], ["a"], list("aba")]
 )

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
+import drawing
 import evaluate
 import figures
 from conftest import change_json, read_json, run_training
+from grid import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def path(tmp_path_factory):
 
 
 def test_a_seed_that_stopped_keeps_its_last_update(path):
-    long, short = (figures.read_metrics(path.parent / name) for name in ("32", "16"))
+    long, short = (read_metrics(path.parent / name) for name in ("32", "16"))
     with figures.style():
         curves, played = (f(read_json(path)) for f in (figures.plot_curves, figures.plot_training))
     episodes, shown = curves.axes[0].lines[0].get_data()
@@ -36,7 +38,7 @@ def test_a_seed_that_stopped_keeps_its_last_update(path):
     assert episodes.tolist() == [8, 16, 24, 32] and played.axes[0].get_xlim() == (0, 32)
     assert shown == pytest.approx(np.mean(rewards, axis=0))
     for figure in (curves, played):
-        assert figures.EARLY in figure.get_suptitle().replace("\n", " ")
+        assert drawing.EARLY in figure.get_suptitle().replace("\n", " ")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # which no font has

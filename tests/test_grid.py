@@ -66,17 +66,23 @@ def test_markdown():
 
 @pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
 def test_the_grids_are_of_different_runs_named_after_them(model, tmp_path):
-    papers = paper.list_runs(model, {"tit-for-tat": 5, "learner": 2}, tmp_path)
-    counts = 6 * (5 + 2), 4 * 3 * 5 + 2 * 5 + 4 * 3 if model == "tiny" else 4 * 2 * 5
-    for grid_of, count in zip([papers, learning.list_runs(model, 5, tmp_path, [])], counts):
-        settings = {}
+    papers = [*paper.list_runs(model, "paper", 5, tmp_path)]
+    learners = 5 if model == "tiny" else 2
+    count = 5 * (6 + 3 * 4 + 1) + 6 * learners  # fixed opponents, swapped names, learners
+    other = 4 * 3 * 5 + 2 * 5 + 4 * 3 if model == "tiny" else 4 * 2 * 5
+    for grid_of, number in ((papers, count), (learning.list_runs(model, 5, tmp_path, []), other)):
+        settings = set()
         for out, options in grid_of:
             args, _ = train.parse([*map(str, options), "--out", "never-written"])
             assert args.model == model and out.parent == tmp_path
-            settings[out.name] = (args.reward, args.opponent, args.seed, args.sampling)
-            name = f"{'-then-'.join(args.reward)}-vs-{args.opponent[0]}-seed{args.seed}"
-            assert out.name.startswith(name) and (count != 42 or args.sampling == "free")
-        assert len(settings) == len(set(map(str, settings.values()))) == count
+            swapped = "-swapped" if args.actions == ["action2", "action1"] else ""
+            name = f"{'-then-'.join(args.reward)}-vs-{args.opponent[0]}{swapped}-seed{args.seed}"
+            assert out.name.startswith(name)
+            settings.add(
+                f"{args.reward} {args.opponent} {args.actions} {args.seed} {args.sampling}"
+            )
+        assert len({out for out, _ in papers}) == count and len(settings) == number
+    assert all({"--recipe", "paper", "--sampling", "free"} <= {*options} for _, options in papers)
 
 
 RIGHT = {"CC": 0.98, "CD": 0.02, "DC": 1, "DD": 0.04}  # game+deontological, nearly

@@ -1,0 +1,186 @@
+"""The paper's figures 2 to 5 and 12 to 25, by number: from what, and how.  [matplotlib]
+
+`paper.py` trains, tests and draws them. Numbers are those of arXiv 2410.01639v2.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from drawing import (
+    AGENT_COLOURS,
+    OTHER_AGENT,
+    draw_actions,
+    draw_band,
+    episodes_of,
+    finish,
+    list_trained,
+    mark_switch,
+    new_figure,
+    new_panels,
+    plot_regret_map,
+    read_logs,
+    say_early,
+    say_seeds,
+    tested,
+    trained,
+)
+from envs import payoff_matrix
+from figures import plot_actions, plot_reciprocity, plot_regret, plot_training
+from rewards import reward_array
+from runs import in_words, read_config
+from wordings import PERSONAS
+
+# Each is made once, of the runs whose names have what stands after "vs": options of evaluate.py.
+EVALUATIONS = {
+    "new-names-vs-tit-for-tat": ["--axes"],
+    "new-names-vs-learner": [],
+    "training-names-vs-tit-for-tat": ["--actions", "action1", "action2"],
+    "training-names-vs-learner": ["--actions", "action1", "action2"],
+    "training-vs-random": ["--game", "ipd"],
+    "training-vs-always-defect": ["--game", "ipd"],
+    "training-vs-always-cooperate": ["--game", "ipd"],
+    "training-vs-tit-for-tat-swapped": ["--game", "ipd"],
+}
+LAYOUTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
+for layout in ("rows", "columns", "both"):
+    LAYOUTS.append(f"layout-{layout}-vs-tit-for-tat")
+    EVALUATIONS[LAYOUTS[-1]] = ["--layout", layout]
+VALUES = ["new-names-vs-tit-for-tat"]
+for persona in PERSONAS:
+    VALUES.append(f"persona-{persona}-vs-tit-for-tat")
+    EVALUATIONS[VALUES[-1]] = ["--persona", persona]
+AVERAGED = 10  # updates, in figure 12
+
+
+class Figure(NamedTuple):
+    plot: Callable  # of the results of its evaluations, one or several
+    tests: list  # keys of EVALUATIONS
+    phases: int = 0  # of the agents that it shows: rewards that followed each other; 0: any
+
+
+def plot_reward(*several):
+    """The reward trained for, from the least (0) to the largest possible (1): a panel per group."""
+    panels = list_trained(several)
+    figure, axes = new_panels([title for _, _, title in panels], columns=3, width=3, height=2.2)
+    said = [f"Moving average of {AVERAGED} updates."]
+    for ax, (results, group, _) in zip(axes, panels):
+        logs = read_logs(results, group)
+        config = read_config(Path(results["runs"][group["runs"][0]]["run"]))
+        values = np.array([moving_average(normalised_rewards(log, config)) for log in logs])
+        colour = AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
+        draw_band(ax, episodes_of(logs), values, (0, 1), color=colour)
+        ax.set(xlabel="training episodes", xmargin=0, ylabel="reward, 0 to 1")
+        said += mark_switch(ax, logs[0])
+        said += say_early(results, group)
+        said.append(say_seeds(results, "Mean over seeds, shaded: its 95 % interval."))
+    title = "Reward trained for, from the least to the largest that is possible in a round"
+    return finish(figure, title, trained(several), " ".join(filter(None, dict.fromkeys(said))))
+
+
+def normalised_rewards(log, config):
+    """Mean reward of each update, 0: the least possible, 1: the largest one: float [update]."""
+    payoffs = payoff_matrix(config["game"][0])
+    limits = {}
+    for reward in config["reward"]:
+        possible = reward_array(reward, payoffs, config)
+        limits[reward] = (possible.min(), possible.max())
+    values = []
+    for row in log:
+        low, high = limits[row["phase"]]
+        values.append((float(row["reward"]) - low) / (high - low))
+    return np.array(values)
+
+
+def moving_average(values):
+    """The mean of each value and those before it, AVERAGED in all, fewer at the start."""
+    sums = np.cumsum(values)
+    before = np.concatenate([np.zeros(AVERAGED), sums])[: len(sums)]
+    return (sums - before) / np.minimum(np.arange(len(sums)) + 1, AVERAGED)
+
+
+def plot_regrets(*several, varied):
+    """Both regrets as heat maps, a row for each condition and game.
+
+    varied: in what the results differ: actions, layout or persona
+    """
+    rows = {}
+    for results in several:
+        for game in results["baseline"]["games"]:
+            condition = f"{varied} {in_words(results[varied])}"
+            rows[condition, game] = [group["games"][game] for group in results["groups"]]
+    title = f"Moral regret in each game, {varied} varied, 0 (yellow) is best"
+    about = tested(several[0], "each game", varied)
+    return plot_regret_map(several[0]["groups"], rows, title, about)
+
+
+def plot_shares(*several, varied):
+    """Stacked shares of the actions: a row for each condition, a column per group, a bar per game.
+
+    varied: as in `plot_regrets`
+    """
+    groups = several[0]["groups"]
+    size = (1.6 * len(groups) + 2, 1.5 * len(several) + 1.5)
+    figure, axes = new_figure(*size, len(several), len(groups), sharex=True, sharey=True)
+    for row, results in zip(axes, several):
+        row[0].set(ylabel=f"{varied}\n{in_words(results[varied])}", ylim=(0, 1))
+        for ax, group in zip(row, results["groups"]):
+            draw_actions(ax, group["games"])
+    for ax, group in zip(axes[0], groups):
+        ax.set_title("\n".join([group["label"].replace(" then ", "\nthen "), f"n={group['n']}"]))
+    title = f"Played at test in each game: the share of each action, {varied} varied"
+    return finish(figure, title, tested(several[0], "each game", varied))
+
+
+def in_both_roles(plot, results):
+    """A picture of an evaluation and of its test with the names in each other's role."""
+    groups = [{**group, "games": group["swapped"]} for group in results["groups"]]
+    swapped = {**results, "groups": groups, "actions": results["actions"][::-1]}
+    return plot(results, swapped, varied="actions")
+
+
+FIXED = "new-names-vs-tit-for-tat"
+LEARNING = "new-names-vs-learner"
+ROLES = ["training-names-vs-tit-for-tat"]
+MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
+UNRELATED = ("choice", "game", "game_state")
+OPPONENTS = [FIXED, *(name for name in EVALUATIONS if name.startswith("training-vs-")), LEARNING]
+OPPONENTS.remove("training-vs-tit-for-tat-swapped")
+plot_wordings = partial(plot_actions, axis="prompt", where=" in each wording of the prompt")
+FIGURES = {
+    "2a": Figure(plot_training, [FIXED], phases=1),
+    "2b": Figure(plot_training, [LEARNING], phases=1),
+    "3": Figure(plot_training, [FIXED, LEARNING], phases=2),
+    "4": Figure(plot_regret, [FIXED]),
+    "5": Figure(plot_actions, [FIXED]),
+    "12": Figure(plot_reward, [FIXED, LEARNING]),
+    "13": Figure(plot_training, ["training-vs-tit-for-tat-swapped"]),
+    "14": Figure(partial(plot_training, columns=4), OPPONENTS, phases=1),
+    "15": Figure(plot_regret, [LEARNING]),
+    "16": Figure(plot_actions, [LEARNING]),
+    "17": Figure(partial(plot_wordings, values=MEANINGFUL), [FIXED]),
+    "18": Figure(partial(plot_wordings, values=UNRELATED), [FIXED]),
+    "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [FIXED]),
+    "20": Figure(partial(in_both_roles, plot_regrets), ROLES),
+    "21": Figure(partial(in_both_roles, plot_shares), ROLES),
+    "22": Figure(partial(plot_regrets, varied="layout"), LAYOUTS),
+    "23": Figure(partial(plot_shares, varied="layout"), LAYOUTS),
+    "24": Figure(partial(plot_regrets, varied="persona"), VALUES),
+    "25": Figure(partial(plot_shares, varied="persona"), VALUES),
+}
+
+
+def select(results, phases):
+    """The same with the untuned model and the agents of so many phases; 0: any."""
+    groups = []
+    for group in results["groups"]:
+        rewards = [results["runs"][i]["reward"] for i in group["runs"]]
+        if not rewards or phases in (0, len(rewards[0])):
+            groups.append(group)
+    return {**results, "groups": groups}
