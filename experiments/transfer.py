@@ -225,7 +225,11 @@ def at_home(players, run, sampling):
 
 
 def test_run(players, run, test, sampling, wording=None):
-    """All about one run: {"run", "reward", "agent", "home", "untuned", "rules", "explained"}."""
+    """All about one run, a dict.
+
+    run, reward; names: how many training had;  agent, untuned, rules[name]: as `score` returns it
+    home: as `at_home` does;  explained: as `explain` does;  illegal: mean P(illegal answer)
+    """
     config = players.configs[run]
     reward = config["reward"][-1]
     cases = make_cases(test, config, wording, side=players.side(run))
@@ -233,6 +237,7 @@ def test_run(players, run, test, sampling, wording=None):
     result = {
         "run": str(run),
         "reward": reward,
+        "names": len(envs.action_names(config["actions"])),
         "agent": score(tuned, cases, reward),
         "home": at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
