@@ -28,6 +28,7 @@ QUESTION = "Which action is best for both in all if they choose at random?"
 BATCH = 40
 
 
+@torch.no_grad()
 def ask(model, tokenizer, conditions):
     """P(C) and P(D) as the answer to the QUESTION in each Condition: float [N, 2]."""
     texts = []
@@ -46,7 +47,6 @@ def ask(model, tokenizer, conditions):
     return np.array(probabilities)
 
 
-@torch.no_grad()
 def main():
     model, tokenizer = load_model("tiny", "cpu")
     config = {"reward": ["utilitarian"], "xi": 3.0, "illegal": -6.0}

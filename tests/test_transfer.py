@@ -1,14 +1,18 @@
 """transfer.py: rules followed exactly, each column by plain loops, games and names that are new."""
 
+import json
 from functools import cache
 
 import numpy as np
 import pytest
 
+import ceiling
 import envs
 import options
 import transfer
+import word_or_moral
 from conftest import player_of, read_json, refused, run_training
+from drawing import style
 from envs import Condition, payoff_matrix
 from lora import load_adapter
 from policy import load_model
@@ -248,3 +252,42 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(transfer.DEVELOPMENT, "pairs", (("moon", "sun"),))
     transfer.main([str(run)])
     assert capsys.readouterr().out == given
+
+
+def result_of(reward, names, own, swapped, costs):
+    """What of transfer.py's JSON the picture shows."""
+    agent = {"all": {"p": (own + swapped) / 2}, "costs": {"p": costs}}
+    return {"reward": reward, "names": names, "home": [own, swapped], "agent": agent}
+
+
+def test_the_picture(tmp_path, capsys):
+    """Agents of one pair of names on the left, of more on the right; means over runs."""
+    results = [
+        result_of("utilitarian", 2, 1.0, 0.0, 0.5),
+        result_of("utilitarian", 54, 0.9, 0.8, 0.95),
+        result_of("utilitarian", 54, 0.7, 0.8, None),
+        result_of("game", 54, 1.0, 0.98, 0.97),
+    ]
+    with style():
+        fixed, varied = word_or_moral.plot(results).axes
+    shown = [[text.get_text() for text in ax.texts] for ax in (fixed, varied)]
+    assert shown[0] == ["-"] * 4 + ["1.00", "0.00", "0.50", "0.50"]  # game first, as in the tables
+    assert shown[1] == ["1.00", "0.98", "0.99", "0.97", "0.80", "0.80", "0.80", "-"]
+    assert "runs: 1" in fixed.get_title() and "runs: 3" in varied.get_title()
+    (tmp_path / "right.json").write_text(json.dumps(results))
+    command = [str(tmp_path / "right.json"), "--out", str(tmp_path / "right.png")]
+    word_or_moral.main(command)
+    with refused(capsys, "--out", "exists", "--overwrite"):
+        word_or_moral.main(command)
+
+
+def test_the_base_can_add(tiny):
+    """Asked the question itself, of games in which one total is much larger."""
+    games = [((9, 9), (8, 8), (0, 0), (1, 1)), ((0, 1), (1, 0), (9, 8), (9, 9))]
+    conditions = []
+    for game in games:
+        for names in (("K", "X"), ("X", "K")):
+            conditions.append(Condition(game, names, "columns", "brief"))
+    p = ceiling.ask(*tiny, conditions)
+    assert p.shape == (4, 2) and np.allclose(p.sum(axis=1), 1)
+    assert p[:2, 0].min() > 0.9 and p[2:, 1].min() > 0.9
