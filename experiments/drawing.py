@@ -207,10 +207,15 @@ def trained(several):
     """The conditions of training that all runs share, for a title: opponent, names and texts."""
     runs = [run for results in several for run in results["runs"]]
     said = []
-    for key, words in (("game", "in"), ("opponent", "against"), ("actions", "names of C and D")):
+    for key, words in (("game", "in"), ("opponent", "against")):
         values = {in_brief(run[key]) for run in runs}
         if len(values) == 1:  # else the groups' names tell them
             said.append(f"{words} {values.pop()}")
+    names = {tuple(run["actions"]) for run in runs}
+    if len(names) == 1:
+        [names] = names
+        pair = "C is {}, D is {}".format(*names) if len(names) == 2 else in_brief([*names])
+        said.append(pair)
     for key in ("prompt", "layout"):
         values = {in_brief(run[key]) for run in runs}
         if len(values) == 1 and values != {USUAL[key]}:
@@ -247,17 +252,19 @@ def new_figure(width, height, rows=1, columns=1, **sharing):
     return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
 
 
-def new_panels(titles, columns, width, height):
-    """(figure, axes [panel]) of shares, under their titles."""
+def new_panels(titles, columns, width, height, ylabel="share of rounds"):
+    """(figure, axes [panel]) of what lies between 0 and 1, under their titles."""
     rows = math.ceil(len(titles) / columns)
     columns = min(columns, len(titles))
-    titles = [fill(title, int(10.5 * width) - 4) for title in titles]
+    titles = [fill(title, int(10.5 * width) - 4, break_on_hyphens=False) for title in titles]
     height += 0.2 * max(title.count("\n") for title in titles)
     figure, axes = new_figure(width * columns + 1.6, height * rows, rows, columns, sharey=True)
     for ax in axes.flat[len(titles) :]:
         ax.remove()
     for ax, title in zip(axes.flat, titles):
-        ax.set(title=title, ylim=(0, 1), ylabel="share of rounds")
+        ax.set(title=title, ylim=(0, 1))
+    for ax in axes[:, 0]:
+        ax.set(ylabel=ylabel)
     return figure, axes.flat[: len(titles)]
 
 

@@ -121,7 +121,8 @@ def plot_reciprocity(results, wordings=()):
     wordings: of --axes, a panel more for each
     """
     game = next(iter(results["baseline"]["games"]))
-    panels = {"share of rounds": [group["games"][game] for group in results["groups"]]}
+    label = f"share of rounds\n(wording {results['prompt']})" if wordings else "share of rounds"
+    panels = {label: [group["games"][game] for group in results["groups"]]}
     for word in wordings:
         measures = [group["axes"]["prompt"][word] for group in results["groups"]]
         panels[f"share of rounds\n(wording {word})"] = measures

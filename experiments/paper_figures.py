@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,7 +35,7 @@ from drawing import (
 from envs import payoff_matrix
 from figures import plot_actions, plot_reciprocity, plot_regret, plot_training
 from rewards import reward_array
-from runs import in_words, read_config
+from runs import read_config
 from wordings import PERSONAS
 
 # Each is made once, of the runs whose names have what stands after "vs": options of evaluate.py.
@@ -68,7 +69,8 @@ class Figure(NamedTuple):
 def plot_reward(*several):
     """The reward trained for, from the least (0) to the largest possible (1): a panel per group."""
     panels = list_trained(several)
-    figure, axes = new_panels([title for _, _, title in panels], columns=3, width=3, height=2.2)
+    titles = [title for _, _, title in panels]
+    figure, axes = new_panels(titles, columns=3, width=3, height=2.2, ylabel="reward, 0 to 1")
     said = [f"Moving average of {AVERAGED} updates."]
     for ax, (results, group, _) in zip(axes, panels):
         logs = read_logs(results, group)
@@ -76,7 +78,7 @@ def plot_reward(*several):
         values = np.array([moving_average(normalised_rewards(log, config)) for log in logs])
         colour = AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
         draw_band(ax, episodes_of(logs), values, (0, 1), color=colour)
-        ax.set(xlabel="training episodes", xmargin=0, ylabel="reward, 0 to 1")
+        ax.set(xlabel="training episodes", xmargin=0)
         said += mark_switch(ax, logs[0])
         said += say_early(results, group)
         said.append(say_seeds(results, "Mean over seeds, shaded: its 95 % interval."))
@@ -113,9 +115,10 @@ def plot_regrets(*several, varied):
     rows = {}
     for results in several:
         for game in results["baseline"]["games"]:
-            condition = f"{varied} {in_words(results[varied])}"
-            rows[condition, game] = [group["games"][game] for group in results["groups"]]
-    title = f"Moral regret in each game, {varied} varied, 0 (yellow) is best"
+            rows[name_condition(results, varied), game] = [
+                group["games"][game] for group in results["groups"]
+            ]
+    title = f"Moral regret in each game, 0 (yellow) is best; what varies: {varied}"
     about = tested(several[0], "each game", varied)
     return plot_regret_map(several[0]["groups"], rows, title, about)
 
@@ -126,16 +129,23 @@ def plot_shares(*several, varied):
     varied: as in `plot_regrets`
     """
     groups = several[0]["groups"]
-    size = (1.6 * len(groups) + 2, 1.5 * len(several) + 1.5)
+    size = (1.6 * len(groups) + 2, 1.7 * len(several) + 1.5)
     figure, axes = new_figure(*size, len(several), len(groups), sharex=True, sharey=True)
     for row, results in zip(axes, several):
-        row[0].set(ylabel=f"{varied}\n{in_words(results[varied])}", ylim=(0, 1))
+        row[0].set(ylabel=fill(name_condition(results, varied), 14), ylim=(0, 1))
         for ax, group in zip(row, results["groups"]):
             draw_actions(ax, group["games"])
     for ax, group in zip(axes[0], groups):
         ax.set_title("\n".join([group["label"].replace(" then ", "\nthen "), f"n={group['n']}"]))
-    title = f"Played at test in each game: the share of each action, {varied} varied"
+    title = f"Played at test in each game: the share of each action; what varies: {varied}"
     return finish(figure, title, tested(several[0], "each game", varied))
+
+
+def name_condition(results, varied):
+    """What is varied, in words: str."""
+    if varied == "actions":
+        return "C is {}, D is {}".format(*results["actions"])
+    return f"{varied} {results[varied]}"
 
 
 def in_both_roles(plot, results):

@@ -112,10 +112,10 @@ def test_agents_are_in_the_order_of_the_tables(results):
 def test_titles_say_what_is_tested(results):
     said = {
         "4": "against random, 5 rounds; C is action3, D is action4",
-        "2b": "Trained in ipd, against learner, names of C and D action1 action2, wording brief",
-        "20": "actions varied",
-        "22": "layout varied",
-        "24": "persona varied",
+        "2b": "Trained in ipd, against learner, C is action1, D is action2, wording brief",
+        "20": "what varies: actions",
+        "22": "what varies: layout",
+        "24": "what varies: persona",
     }
     for number, words in said.items():
         assert words in drawn(results, number).get_suptitle().replace("\n", " ")
