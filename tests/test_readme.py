@@ -13,6 +13,7 @@ from conftest import ROOT, read_json
 from rewards import REWARDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORK = (ROOT / "docs" / "FORK.md").read_text(encoding="utf-8")
 PAPER = (ROOT / "docs" / "PAPER.md").read_text(encoding="utf-8")
 APPENDED = re.compile(r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
 REPLACED = re.compile(
@@ -29,16 +30,16 @@ SHOWN = re.compile(
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the project, with all changes of "Fork it"."""
+    """A copy of the project, with all changes of docs/FORK.md."""
     folder = tmp_path / "fork"
     left_out = shutil.ignore_patterns(".*", "runs", "results", "__pycache__", "*.png")
     shutil.copytree(ROOT, folder, ignore=left_out)
-    appended = APPENDED.findall(README)
+    appended = APPENDED.findall(FORK)
     assert [file for file, _ in appended] == ["rewards.py", "envs.py"]
     for file, snippet in appended:
         with open(folder / file, "a") as target:
             target.write("\n\n" + snippet)
-    [(file, line, snippet)] = BEFORE.findall(README)
+    [(file, line, snippet)] = BEFORE.findall(FORK)
     text = (folder / file).read_text()
     assert text.count(line) == 1
     (folder / file).write_text(text.replace(f"    {line}", f"{snippet}    {line}"))
@@ -56,7 +57,7 @@ def test_every_command_and_snippet(fork):
     Training is short. Left out are commands of a real model (Qwen/...) and of its run, and grids.
     """
     shown = []
-    pages = BEFORE.sub("", APPENDED.sub("", README)) + REPLACED.sub("", PAPER)
+    pages = README + BEFORE.sub("", APPENDED.sub("", FORK)) + REPLACED.sub("", PAPER)
     for command, snippet in SHOWN.findall(pages):
         if "Qwen/" not in command and "real/" not in command and "transfer" not in command:
             shown.append((command, snippet))
@@ -97,12 +98,12 @@ def test_group_relative_advantage(fork):
 
 
 def test_every_option_in_the_readme_exists():
-    [(_, _, snippet)] = BEFORE.findall(README)
+    [(_, _, snippet)] = BEFORE.findall(FORK)
     known = {"--nproc-per-node", "--check"} | options(snippet)  # of torchrun, of ruff, of a fork
     for name in ("train", "evaluate", "experiments/figures", "experiments/paper"):
         command = [sys.executable, ROOT / f"{name}.py", "--help"]
         known |= options(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert options(README + PAPER) <= known
+    assert options(README + FORK + PAPER) <= known
     table = re.findall(r"^\| `([\w+]+)` \|", README, flags=re.MULTILINE)
     assert len(table) == 6 and {*table} <= {*REWARDS}
 
