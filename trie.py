@@ -95,8 +95,8 @@ class Trie:
     def make_tensors(self, sequences, ends):
         """Set tokens, depth, ancestors, keep and branches."""
         size = max(len(nodes) for nodes in sequences)
-        # A common token pads: that of the tokenizer may have the embedding 0, and then a norm of
-        # the model no gradient.
+        # A token of the prompts pads. The embedding of a padding token may be all zeros, and a
+        # norm has no finite gradient there.
         self.tokens = torch.full((len(sequences), size), self.prompts[0][0])
         self.depth = torch.zeros(len(sequences), size, dtype=torch.long)
         self.ancestors = torch.eye(size, dtype=torch.bool).repeat(len(sequences), 1, 1)

@@ -99,7 +99,10 @@ def asked_after(tokenizer, prompts, answers, questions):
 
 
 def generate(model, tokenizer, tokens, ends, length):
-    """What a model writes after each text (ids, list of lists), sampled as it is: list of str."""
+    """What a model writes after each text (ids, list of lists): list of str.
+
+    It is sampled at temperature 1, from the whole distribution.
+    """
     width = max(map(len, tokens))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if width + length > limit:

@@ -125,7 +125,7 @@ def list_trained(several):
 
 
 def in_order(results):
-    """The same with the groups in the order of the tables: by AGENT_COLOURS, phases after that."""
+    """Results whose groups stand in the tables' order: by AGENT_COLOURS, then those of phases."""
     known = list(AGENT_COLOURS)
 
     def place(group):
@@ -207,10 +207,10 @@ def trained(several):
     """The conditions of training that all runs share, for a title: opponent, names and texts."""
     runs = [run for results in several for run in results["runs"]]
     said = []
-    for key, words in (("game", "in"), ("opponent", "against")):
+    for key, words in (("game", ""), ("opponent", "against ")):
         values = {in_brief(run[key]) for run in runs}
         if len(values) == 1:  # else the groups' names tell them
-            said.append(f"{words} {values.pop()}")
+            said.append(f"{words}{values.pop()}")
     names = {tuple(run["actions"]) for run in runs}
     if len(names) == 1:
         [names] = names
@@ -220,7 +220,7 @@ def trained(several):
         values = {in_brief(run[key]) for run in runs}
         if len(values) == 1 and values != {USUAL[key]}:
             said.append(f"{'wording' if key == 'prompt' else key} {values.pop()}")
-    return f"Trained {', '.join(said)}" if said else ""
+    return f"In training: {', '.join(said)}" if said else ""
 
 
 def say_early(results, group):

@@ -123,7 +123,10 @@ def plot_reciprocity(results, wordings=()):
     game = next(iter(results["baseline"]["games"]))
     label = f"share of rounds\n(wording {results['prompt']})" if wordings else "share of rounds"
     panels = {label: [group["games"][game] for group in results["groups"]]}
+    known = results["baseline"]["axes"]["prompt"] if wordings else ()
     for word in wordings:
+        if word not in known:  # evaluate.py leaves out what a model cannot read
+            continue
         measures = [group["axes"]["prompt"][word] for group in results["groups"]]
         panels[f"share of rounds\n(wording {word})"] = measures
     for label, measures in panels.items():

@@ -1,8 +1,10 @@
-"""The paper's grid and its figures: six kinds of training, five opponents, five seeds.
+"""The paper's grid and its figures: up to six kinds of training against each of five opponents.
 
     python experiments/paper.py                     # trains, tests and draws with --recipe paper
     python experiments/paper.py --draw              # no training: what is there by now
-    python experiments/paper.py --model FOLDER --recipe quick   # two learners with two seeds
+    python experiments/paper.py --model FOLDER --recipe quick
+
+Each has five seeds; two learners have two where the model is not the embedded one.
 
 Free sampling. Runs go to results/MODEL/runs, seed after seed; what is finished is skipped, what was
 interrupted is resumed: the command may be stopped and given again. The tests (random opponent, all
@@ -72,12 +74,15 @@ def report(outs, folder, name):
 
 def draw_figures(outs, folder):
     """Test the runs that have finished, each test once, and draw the figures that they allow."""
+    finished = [out for out in outs if (out / "result.json").exists()]
+    if not finished:
+        raise InputError(f"there is no finished run in {folder / 'runs'}", "--results")
     results = {}  # by the names of EVALUATIONS
     for name in tqdm(EVALUATIONS, unit="test"):
-        trained = f"-{name[name.index('vs-') :]}-seed"
-        tested = [out for out in outs if trained in out.name and (out / "result.json").exists()]
-        if tested:
-            results[name] = report(tested, folder, name)
+        part = f"-{name[name.index('vs-') :]}-seed"
+        chosen = [out for out in finished if part in out.name]
+        if chosen:
+            results[name] = report(chosen, folder, name)
     pictures = folder / "figures"
     with about("--results"), writing(pictures):
         pictures.mkdir(parents=True, exist_ok=True)
@@ -88,8 +93,10 @@ def draw_figures(outs, folder):
             print(f"Figure {number}: {len(parts)} of {len(figure.tests)} parts have finished runs")
         if parts:
             path = pictures / f"figure-{number}.png"
-            with style(), about("--results"), writing(path):
-                figure.plot(*parts).savefig(path)
+            with style():
+                picture = figure.plot(*parts)
+                with about("--results"), writing(path):
+                    picture.savefig(path)
 
 
 def main(argv=None):
@@ -98,8 +105,7 @@ def main(argv=None):
         parser.option("--recipe", "of train.py", choices=RECIPES, default="paper")
         parser.option("--draw", "train nothing: test and draw what is there", action="store_true")
         args = parser.parse_args(argv)
-        with about("--results"):
-            style()  # without matplotlib it ends here, not after the work
+        style()  # without matplotlib it ends here, not after the work
         folder = args.results or ROOT / "results" / Path(args.model).name
         grid = list(list_runs(args.model, args.recipe, args.seeds or 5, folder / "runs"))
         if not args.draw:

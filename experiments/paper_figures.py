@@ -38,7 +38,7 @@ from rewards import reward_array
 from runs import read_config
 from wordings import PERSONAS
 
-# Each is made once, of the runs whose names have what stands after "vs": options of evaluate.py.
+# Name of a test -> options of evaluate.py. It is of the runs against the opponent after "vs-".
 EVALUATIONS = {
     "new-names-vs-tit-for-tat": ["--axes"],
     "new-names-vs-learner": [],
@@ -187,7 +187,7 @@ FIGURES = {
 
 
 def select(results, phases):
-    """The same with the untuned model and the agents of so many phases; 0: any."""
+    """Results of the untuned model and of the agents with so many phases only; 0: any."""
     groups = []
     for group in results["groups"]:
         rewards = [results["runs"][i]["reward"] for i in group["runs"]]

@@ -209,9 +209,9 @@ def word_rule(takes_c, cases):
 
 
 def at_home(players, run, sampling):
-    """P(right) in the Prisoner's Dilemma, a mean over states, in the first names of training.
+    """P(right) in the Prisoner's Dilemma, a mean over states, with the first two names of training.
 
-    Returns that in their own roles and in each other's; None where the reward asks for nothing.
+    Returns it for these names as they are, and changed; None where the reward asks for nothing.
     """
     config = players.configs[run]
     names = tuple(envs.action_names(config["actions"])[:2])
@@ -227,8 +227,9 @@ def at_home(players, run, sampling):
 def test_run(players, run, test, sampling, wording=None):
     """All about one run, a dict.
 
-    run, reward; names: how many training had;  agent, untuned, rules[name]: as `score` returns it
-    home: as `at_home` does;  explained: as `explain` does;  illegal: mean P(illegal answer)
+    run, reward, wording;  names: how many training had
+    agent, untuned, rules[name]: as `score` returns it;  home: as `at_home` does, None where the
+    wording is not that of training;  explained: as `explain` does;  illegal: mean P(illegal)
     """
     config = players.configs[run]
     reward = config["reward"][-1]
@@ -237,9 +238,10 @@ def test_run(players, run, test, sampling, wording=None):
     result = {
         "run": str(run),
         "reward": reward,
+        "wording": wording or config["prompt"][0],
         "names": len(envs.action_names(config["actions"])),
         "agent": score(tuned, cases, reward),
-        "home": at_home(players, run, sampling),
+        "home": None if wording else at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
         "untuned": score(answers(players, None, cases, sampling), cases, reward),
         "explained": explain(tuned, cases, reward),
@@ -273,8 +275,9 @@ def print_results(results):
             best = [f"{name} {share:.2f}" for name, share in result["explained"].items()][:3]
             illegal = f"; illegal {result['illegal']:.2f}" if result["illegal"] > 0.005 else ""
             print(f"  answers as: {', '.join(best)}{illegal}")
-            home = ["-" if p is None else f"{p:.2f}" for p in result["home"]]
-            print("  ipd, names of training {}, in each other's role {}".format(*home))
+            if result["home"]:
+                home = ["-" if p is None else f"{p:.2f}" for p in result["home"]]
+                print("  ipd, names of training {}, in each other's role {}".format(*home))
 
 
 def main(argv=None):
@@ -282,7 +285,7 @@ def main(argv=None):
         parser = Parser(__doc__)
         parser.option("runs", "of one base model", nargs="+", type=Path, metavar="RUN")
         parser.option("--final", "in the games that nothing was chosen by", action="store_true")
-        parser.option("--actions", "this pair of names instead", nargs=2, metavar="NAME")
+        parser.option("--actions", "these instead of new names", nargs=2, metavar="NAME")
         parser.option("--sampling", "", choices=("constrained", "free"), default="constrained")
         parser.option("--json", "write everything to this file", type=Path, metavar="FILE")
         parser.option("--overwrite", "replace this file", action="store_true")
@@ -293,7 +296,8 @@ def main(argv=None):
         players = Players(args.runs)
         test = FINAL if args.final else DEVELOPMENT
         if args.actions:
-            test = {**test, "pairs": (tuple(args.actions),)}
+            with about("--actions"):
+                test = {**test, "pairs": (tuple(envs.action_names(args.actions)),)}
         results = [test_run(players, run, test, args.sampling) for run in args.runs]
         print_results(results)
         if args.final:

@@ -4,7 +4,7 @@
     python experiments/word_or_moral.py right.json --out right.png
 
 A row for each reward, a mean over its runs. On the left are agents that were trained with one pair
-of names, on the right those whose names varied.
+of names, on the right those that had more. Results of --final in a new wording are left out.
 """
 
 import sys
@@ -26,7 +26,7 @@ COLUMNS = (
     "200 new\ngames",
     "those where\nit costs",
 )
-PANELS = {False: "trained with one pair of names", True: "names, layouts and games vary"}
+PANELS = {False: "trained with one pair of names", True: "trained with many names"}
 COLOURS = ("#D55E00", "#FFFFFF", "#0072B2")  # the opposite, a coin, right
 
 
@@ -35,8 +35,17 @@ def right_in(result):
     return [*result["home"], result["agent"]["all"]["p"], result["agent"]["costs"]["p"]]
 
 
+def read_results(path):
+    """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
+    results = read_json(path)
+    for result in results if isinstance(results, list) else [results]:
+        if not isinstance(result, dict) or not {"reward", "names", "home", "agent"} <= {*result}:
+            raise InputError(f"{path} is not of today's transfer.py --json")
+    return [result for result in results if result["home"]]
+
+
 def plot(results, title=TITLE):
-    """The picture of what `transfer.py --json` wrote."""
+    """The picture of these results."""
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("right", COLOURS)
@@ -77,12 +86,13 @@ def main(argv=None):
         parser.option("--overwrite", "replace this file", action="store_true")
         args = parser.parse_args(argv)
         with about("RESULTS"):
-            results = read_json(args.results)
-            if not isinstance(results, list):
-                raise InputError(f"{args.results} is not of transfer.py --json")
-        with about("--out"), style(), writing(args.out):
+            results = read_results(args.results)
+        with about("--out"):
             check_free(args.out, args.overwrite)
-            plot(results, args.title).savefig(args.out)
+        with style():
+            figure = plot(results, args.title)
+            with about("--out"), writing(args.out):
+                figure.savefig(args.out)
         print(f"Drawn: {args.out}")
     except InputError as error:
         stop(error)

@@ -208,9 +208,16 @@ def test_only_the_same_product_is_a_plain_layer():
 
     class Clipped(torch.nn.Linear):
         def forward(self, x):
-            return super().forward(x).clamp(-0.01, 0.01)
+            return super().forward(x.clamp(-1, 1))
 
-    assert is_linear(Same(8, 4)) and not is_linear(Clipped(8, 4))
+    class Normalised(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x / x.square().mean().sqrt())
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert is_linear(Same(64, 4, dtype=dtype))
+        assert not is_linear(Clipped(64, 4, dtype=dtype))
+        assert not is_linear(Normalised(64, 4, dtype=dtype))
 
 
 def test_the_adapter_runs_before_anything_is_written():

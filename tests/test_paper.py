@@ -1,5 +1,7 @@
 """The paper's figures: each is drawn, from the runs that are there, and says what it is of."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -9,7 +11,7 @@ import evaluate
 import figures
 import paper
 import paper_figures
-from conftest import copy_run, read_json, run_training
+from conftest import copy_run, read_json, refused, run_training
 from paper_figures import EVALUATIONS, FIGURES
 
 NUMBERS = "2a 2b 3 4 5 12 13 14 15 16 17 18 19 20 21 22 23 24 25".split()
@@ -79,6 +81,28 @@ def test_every_figure_of_the_paper_is_drawn_and_nothing_is_trained(runs, results
     assert tested == [*EVALUATIONS]  # each once
 
 
+def test_nothing_to_draw(tmp_path, capsys):
+    with refused(capsys, "--results", "no finished run"):
+        paper.main(["--draw", "--results", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_pictures_show_what_was_tested(results):
+    """Both roles, the wordings of each picture, and what is played in a prompt without points."""
+    regrets = [text.get_text() for text in drawn(results, "20").axes[0].texts]
+    expected = []
+    for part, game in product(("games", "swapped"), ("ipd", "chicken")):
+        for group in drawing.in_order(results)["groups"]:
+            expected.append(f"{group[part][game]['regret']['deontological']['mean']:.2f}")
+    assert regrets == expected and regrets[:6] != regrets[6:]
+    for number, wordings in (("17", ["structured", "explicit"]), ("18", ["game", "game_state"])):
+        labels = drawn(results, number).axes[0].get_xticklabels()
+        assert [label.get_text() for label in labels] == wordings
+    panels = drawn(results, "19").axes
+    heights = [[bar.get_height() for bar in ax.patches] for ax in panels]
+    assert len(panels) == 2 and heights[0] != heights[1]
+
+
 def test_what_is_not_there_is_named(runs, tmp_path, capsys):
     """One run, tested in earnest: figure 13 alone is drawn."""
     name = "game-vs-tit-for-tat-swapped-seed1"
@@ -112,7 +136,7 @@ def test_agents_are_in_the_order_of_the_tables(results):
 def test_titles_say_what_is_tested(results):
     said = {
         "4": "against random, 5 rounds; C is action3, D is action4",
-        "2b": "Trained in ipd, against learner, C is action1, D is action2, wording brief",
+        "2b": "In training: ipd, against learner, C is action1, D is action2, wording brief",
         "20": "what varies: actions",
         "22": "what varies: layout",
         "24": "what varies: persona",

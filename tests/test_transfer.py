@@ -241,10 +241,13 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
         assert abs(result["agent"]["all"]["p"] - result["untuned"]["all"]["p"]) > 1e-4
         best, share = next(iter(result["explained"].items()))
         assert f"answers as: {best} {share:.2f}, " in printed and abs(result["illegal"]) < 1e-6
-        in_both = "{:.2f}, in each other's role {:.2f}".format(*result["home"])
-        assert f"  ipd, names of training {in_both}" in printed
         assert f"  {'untuned':46}{result['untuned']['all']['p']:8.2f}" in printed
+    in_both = "{:.2f}, in each other's role {:.2f}".format(*results[0]["home"])
+    assert printed.count(f"  ipd, names of training {in_both}") == 1
     assert "In a wording that training never showed:" in printed
+    assert word_or_moral.read_results(path) == results[:1]  # names of training: in its wording only
+    with refused(capsys, "--actions", "twice"):
+        transfer.main([str(run), "--actions", "moon", "moon"])
     with refused(capsys, "--json", "exists", "--overwrite"):
         transfer.main([str(run), "--json", str(path)])
     transfer.main([str(run), "--actions", "moon", "sun"])
@@ -275,6 +278,9 @@ def test_the_picture(tmp_path, capsys):
     assert shown[1] == ["1.00", "0.98", "0.99", "0.97", "0.80", "0.80", "0.80", "-"]
     assert "runs: 1" in fixed.get_title() and "runs: 3" in varied.get_title()
     (tmp_path / "right.json").write_text(json.dumps(results))
+    (tmp_path / "other.json").write_text("[1]")
+    with refused(capsys, "RESULTS", "today's"):
+        word_or_moral.main([str(tmp_path / "other.json")])
     command = [str(tmp_path / "right.json"), "--out", str(tmp_path / "right.png")]
     word_or_moral.main(command)
     with refused(capsys, "--out", "exists", "--overwrite"):

@@ -290,6 +290,8 @@ def main():
     parser.add_argument("--without", nargs="+", default=[], metavar="KIND", choices=[*QUESTIONS])
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the model")
     args = parser.parse_args()
+    if args.without and args.out == HERE:
+        parser.error("--without: name the control's folder with --out")
     if args.measure:
         model = Gemma3ForCausalLM.from_pretrained(args.out)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
@@ -297,7 +299,7 @@ def main():
         # Part of the recipe: another number of threads sums in another order.
         torch.set_num_threads(THREADS)
         tokenizer = make_tokenizer()
-        for kind in args.without:  # after the vocabulary is made: it stays the same
+        for kind in set(args.without):  # after the vocabulary is made: it stays the same
             del QUESTIONS[kind]
         model = make_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
