@@ -67,7 +67,8 @@ def plot(results, title=TITLE):
         ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
         for (row, column), p in np.ndenumerate(grid):
             text = "-" if np.isnan(p) else f"{p:.2f}"
-            ax.text(column, row, text, ha="center", va="center", size=13)
+            colour = "white" if abs(p - 0.5) > 0.35 else "black"
+            ax.text(column, row, text, color=colour, ha="center", va="center", size=13)
         ax.set_title(f"{name} (runs: {runs})")
         ax.set_xticks(range(len(COLUMNS)), COLUMNS)
         ax.set_yticks(range(len(rewards)), rewards)
