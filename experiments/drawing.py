@@ -223,10 +223,10 @@ def trained(several):
     return f"In training: {', '.join(said)}" if said else ""
 
 
-def say_early(results, group):
+def say_early(logs):
     """What a title says of seeds that stopped early: list of str, empty if none did."""
-    lengths = {len(read_metrics(Path(results["runs"][i]["run"]))) for i in group["runs"]}
-    return [EARLY] if len(lengths) > 1 else []
+    longest, *others = logs  # a shorter one ends with copies of its last row
+    return [EARLY] if any(log[-1]["update"] != longest[-1]["update"] for log in others) else []
 
 
 def say_seeds(results, words):

@@ -64,7 +64,7 @@ def plot_training(*several, columns=2):
         ax.stackplot(episodes, shares.T, colors=ACTION_COLOURS, labels=ACTION_TYPES)
         ax.set(xlabel="training episodes", xmargin=0)
         said += mark_switch(ax, logs[0])
-        said += say_early(results, group)
+        said += say_early(logs)
     title = "Played while training: mean share of each action over seeds"
     return finish(figure, title, trained(several), " ".join(dict.fromkeys(said)))
 
@@ -87,10 +87,10 @@ def plot_curves(results):
         colour = AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
         line = LINES[seen.count(group["reward"]) % len(LINES)]
         seen.append(group["reward"])
-        said += say_early(results, group)
+        said += say_early(logs)
         for k, (ax, label) in enumerate(zip(axes.flat, measures)):
-            style = {"linestyle": line, "color": colour, "label": group["name"]}
-            draw_band(ax, episodes, values[:, :, k], measures[label], **style)
+            look = {"linestyle": line, "color": colour, "label": group["name"]}
+            draw_band(ax, episodes, values[:, :, k], measures[label], **look)
             ax.set(ylabel=label)
             if k > 1:
                 ax.set(xlabel="training episodes")

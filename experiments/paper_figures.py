@@ -80,7 +80,7 @@ def plot_reward(*several):
         draw_band(ax, episodes_of(logs), values, (0, 1), color=colour)
         ax.set(xlabel="training episodes", xmargin=0)
         said += mark_switch(ax, logs[0])
-        said += say_early(results, group)
+        said += say_early(logs)
         said.append(say_seeds(results, "Mean over seeds, shaded: its 95 % interval."))
     title = "Reward trained for, from the least to the largest that is possible in a round"
     return finish(figure, title, trained(several), " ".join(filter(None, dict.fromkeys(said))))
@@ -119,8 +119,8 @@ def plot_regrets(*several, varied):
                 group["games"][game] for group in results["groups"]
             ]
     title = f"Moral regret in each game, 0 (yellow) is best; what varies: {varied}"
-    about = tested(several[0], "each game", varied)
-    return plot_regret_map(several[0]["groups"], rows, title, about)
+    conditions = tested(several[0], "each game", varied)
+    return plot_regret_map(several[0]["groups"], rows, title, conditions)
 
 
 def plot_shares(*several, varied):
