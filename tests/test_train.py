@@ -237,20 +237,25 @@ def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_any_causal_model_trains(kind, tmp_path, tiny):
-    """Another architecture, random weights, the embedded tokenizer; its defaults, the paper's."""
+def test_any_causal_model_trains(kind, tmp_path, tiny, monkeypatch):
+    """Another architecture, random weights, the embedded tokenizer; its defaults, the paper's.
+
+    Its folder is kept as an absolute path: the run may be evaluated from anywhere.
+    """
     folder = tmp_path / "model"
     model = conftest.random_model(kind)
     model.resize_token_embeddings(len(tiny[1]))
     model.save_pretrained(folder)
     tiny[1].save_pretrained(folder)
-    options = ["--reward", "utilitarian", "--model", str(folder), "--episodes", "2"]
+    monkeypatch.chdir(tmp_path)
+    options = ["--reward", "utilitarian", "--model", "model", "--episodes", "2"]
     shown = ("sampling", "rank", "batch", "lr", "epochs")
     defaults = {"": ("free", 16, 256, 3e-4, 1), "--recipe paper": ("free", 64, 1, 1.41e-5, 1)}
     for extra, expected in defaults.items():
         run_training(tmp_path / "run", *options, *extra.split(), "--overwrite")
         config = read_json(tmp_path / "run" / "config.json")
         assert tuple(config[key] for key in shown) == expected
+        assert config["model"] == str(folder.resolve())
 
 
 def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
