@@ -114,10 +114,9 @@ def plot_regrets(*several, varied):
     """
     rows = {}
     for results in several:
+        condition = name_condition(results, varied)
         for game in results["baseline"]["games"]:
-            rows[name_condition(results, varied), game] = [
-                group["games"][game] for group in results["groups"]
-            ]
+            rows[condition, game] = [group["games"][game] for group in results["groups"]]
     title = f"Moral regret in each game, 0 (yellow) is best; what varies: {varied}"
     conditions = tested(several[0], "each game", varied)
     return plot_regret_map(several[0]["groups"], rows, title, conditions)
@@ -160,8 +159,13 @@ LEARNING = "new-names-vs-learner"
 ROLES = ["training-names-vs-tit-for-tat"]
 MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
 UNRELATED = ("choice", "game", "game_state")
-OPPONENTS = [FIXED, *(name for name in EVALUATIONS if name.startswith("training-vs-")), LEARNING]
-OPPONENTS.remove("training-vs-tit-for-tat-swapped")
+OPPONENTS = [
+    FIXED,
+    "training-vs-random",
+    "training-vs-always-defect",
+    "training-vs-always-cooperate",
+    LEARNING,
+]
 plot_wordings = partial(plot_actions, axis="prompt", where=" in each wording of the prompt")
 FIGURES = {
     "2a": Figure(plot_training, [FIXED], phases=1),
