@@ -15,7 +15,9 @@ from rewards import REWARDS
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORK = (ROOT / "docs" / "FORK.md").read_text(encoding="utf-8")
 PAPER = (ROOT / "docs" / "PAPER.md").read_text(encoding="utf-8")
-APPENDED = re.compile(r"at the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
+MODELS = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
+OTHERS = {"--nproc-per-node", "--check", "--array", "--gres", "--wrap"}  # torchrun, ruff, sbatch
+APPENDED = re.compile(r"At the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
 REPLACED = re.compile(
     r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
 )
@@ -54,12 +56,14 @@ def in_fork(fork, *command):
 def test_every_command_and_snippet(fork):
     """All commands and snippets in their order.
 
-    Training is short. Left out are commands of a real model (Qwen/...) and of its run, and grids.
+    Training is short. Left out are commands of a real model and of its run, and the recipe's.
     """
     shown = []
-    pages = README + BEFORE.sub("", APPENDED.sub("", FORK)) + REPLACED.sub("", PAPER)
-    for command, snippet in SHOWN.findall(pages):
-        if "Qwen/" not in command and "real/" not in command and "transfer" not in command:
+    fork_page = FORK
+    for pasted in (APPENDED, BEFORE, REPLACED):
+        fork_page = pasted.sub("", fork_page)
+    for command, snippet in SHOWN.findall(README + fork_page + MODELS):
+        if not any(word in command for word in ("--model", "real/", "RUN", "moral")):
             shown.append((command, snippet))
     assert sum(snippet != "" for _, snippet in shown) == 2 and len(shown) >= 8
     # One process for all: to import torch takes as long as most of them.
@@ -85,7 +89,7 @@ def test_a_pasted_fork_leaves_the_tests_green(fork):
 
 def test_group_relative_advantage(fork):
     """The snippet for ppo.py, in place of the line that it names: the agent learns."""
-    [(file, line, snippet)] = REPLACED.findall(PAPER)
+    [(file, line, snippet)] = REPLACED.findall(FORK)
     text = (fork / file).read_text()
     assert file == "ppo.py" and text.count(f"\n        {line}\n") == 1 == text.count(line)
     assert len(snippet.splitlines()) == 5
@@ -99,11 +103,11 @@ def test_group_relative_advantage(fork):
 
 def test_every_option_in_the_readme_exists():
     [(_, _, snippet)] = BEFORE.findall(FORK)
-    known = {"--nproc-per-node", "--check"} | options(snippet)  # of torchrun, of ruff, of a fork
+    known = OTHERS | options(snippet)
     for name in ("train", "evaluate", "experiments/figures", "experiments/paper"):
         command = [sys.executable, ROOT / f"{name}.py", "--help"]
         known |= options(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert options(README + FORK + PAPER) <= known
+    assert options(README + FORK + PAPER + MODELS) <= known
     table = re.findall(r"^\| `([\w+]+)` \|", README, flags=re.MULTILINE)
     assert len(table) == 6 and {*table} <= {*REWARDS}
 
