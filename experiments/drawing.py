@@ -8,7 +8,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,8 +31,6 @@ AGENT_COLOURS = {  # by reward, in the order of the tables
     "kindness": "#F0E442",
 }
 OTHER_AGENT = "#999999"  # a reward of a fork
-HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
-LINES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -48,14 +45,6 @@ EARLY = "A seed that stopped early keeps its last update."
 SWITCH = "Dashed: the reward changes."
 # What a prompt is by default: a title says where it is another one.
 USUAL = {"prompt": "structured", "layout": "original", "persona": "none"}
-
-
-class Panel(NamedTuple):
-    """Bars of all groups."""
-
-    bars: list  # [group][tick]: a mean with its interval
-    top: float | None = None  # the largest value that is possible
-    illegal: list | None = None  # [group]: share of illegal answers, to say why there is no bar
 
 
 def plot_regret_map(groups, rows, *title):
@@ -148,31 +137,9 @@ def read_logs(results, group):
     return [log + log[-1:] * (len(logs[0]) - len(log)) for log in logs]
 
 
-def action_shares(log):
-    """Share of each of ACTION_TYPES in each update: float [update, action]."""
-    keys = [f"count_{kind.replace('|', '_after_')}" for kind in ACTION_TYPES]
-    counts = np.array([[float(row[key]) for key in keys] for row in log])
-    return counts / counts.sum(axis=1, keepdims=True)
-
-
-def measures_of(log):
-    """Reward, both moral regrets and the share of illegal answers: float [update, 4]."""
-    illegal = action_shares(log)[:, 4:].sum(axis=1)
-    measures = []
-    for row, share in zip(log, illegal):
-        regrets = [float(row["deontological_regret"]), float(row["utilitarian_regret"])]
-        measures.append([float(row["reward"]), *regrets, share])
-    return np.array(measures)
-
-
 def episodes_of(logs):
     """How many episodes were played after each update: list of int."""
     return [int(row["episodes"]) for row in logs[0]]
-
-
-def share_of_illegal(measures):
-    """Share of rounds with an illegal answer."""
-    return sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
 
 
 def as_arrays(leaves):
@@ -181,7 +148,7 @@ def as_arrays(leaves):
     return means, np.array([leaf["ci95"] or 0 for leaf in leaves.values()])
 
 
-def tested(results, game=None, varied=None):
+def say_tested(results, game=None, varied=None):
     """The conditions of the test, for a title; without `game` it is about the first one.
 
     varied: what the picture itself tells: actions, layout, prompt or persona
@@ -203,7 +170,7 @@ def say_prompt(results, varied=None):
     return said
 
 
-def trained(several):
+def say_trained(several):
     """The conditions of training that all runs share, for a title: opponent, names and texts."""
     runs = [run for results in several for run in results["runs"]]
     said = []
@@ -266,49 +233,6 @@ def new_panels(titles, columns, width, height, ylabel="share of rounds"):
     for ax in axes[:, 0]:
         ax.set(ylabel=ylabel)
     return figure, axes.flat[: len(titles)]
-
-
-def plot_bars(results, panels, *title, xlabel=""):
-    """Grouped bars: `panels[label]` is a Panel."""
-    groups = results["groups"]
-    figure, axes = new_figure(9, 2.4 * len(panels), len(panels), sharex=True)
-    width = 0.85 / len(groups)
-    for ax, (label, panel) in zip(axes.flat, panels.items()):
-        for i, (group, leaves) in enumerate(zip(groups, panel.bars)):
-            same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
-            places = np.arange(len(leaves)) + (i - (len(groups) - 1) / 2) * width
-            mean, spread = as_arrays(leaves)
-            # Whiskers do not reach below 0, nor above the top.
-            below = np.minimum(spread, mean)
-            above = np.minimum(spread, panel.top - mean) if panel.top else spread
-            ax.bar(
-                places,
-                mean,
-                width,
-                yerr=np.maximum([below, above], 0) if group["n"] > 1 else None,
-                color=AGENT_COLOURS.get(group["reward"], OTHER_AGENT),
-                hatch=HATCHES[same_reward % len(HATCHES)],
-                label=group["name"],
-                edgecolor="black",
-                linewidth=0.6,
-                capsize=2,
-                clip_on=False,
-            )
-            if panel.illegal:
-                say_illegal(ax, places[mean < 0.02], panel.illegal[i])
-        ax.set_xticks(range(len(leaves)), [tick.replace("-", "-\n") for tick in leaves])
-        ax.set(ylabel=label, ylim=(0, panel.top))
-    ax.set_xlabel(xlabel)
-    return finish(
-        figure, *title, say_seeds(results, "Whiskers: 95 % where there are several seeds")
-    )
-
-
-def say_illegal(ax, places, share):
-    """Why there is no bar at some places, of an agent that mostly answers illegally."""
-    if share > 0.5:
-        for place in places:
-            ax.text(place, 0.03, f"illegal {share:.0%}", rotation=90, ha="center", size=7)
 
 
 def plot_heat_map(ax, grid, best):

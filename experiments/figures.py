@@ -11,6 +11,7 @@ title; the function plot_NAME draws NAME.png. paper.py draws the paper's figures
 import sys
 from pathlib import Path
 from textwrap import fill
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,10 +20,8 @@ import numpy as np
 from drawing import (
     ACTION_COLOURS,
     AGENT_COLOURS,
-    LINES,
     OTHER_AGENT,
-    Panel,
-    action_shares,
+    as_arrays,
     draw_actions,
     draw_band,
     episodes_of,
@@ -30,23 +29,31 @@ from drawing import (
     in_order,
     list_trained,
     mark_switch,
-    measures_of,
     new_figure,
     new_panels,
-    plot_bars,
     plot_regret_map,
     read_logs,
     say_early,
     say_prompt,
     say_seeds,
-    share_of_illegal,
+    say_tested,
+    say_trained,
     style,
-    tested,
-    trained,
 )
 from envs import ACTION_TYPES, STATES
 from errors import InputError, about, stop
 from runs import Parser, check_free, read_json, writing
+
+HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
+LINES = ("-", "--", ":", "-.")
+
+
+class Panel(NamedTuple):
+    """Bars of all groups."""
+
+    bars: list  # [group][tick]: a mean with its interval
+    top: float | None = None  # the largest value that is possible
+    illegal: list | None = None  # [group]: share of illegal answers, to say why there is no bar
 
 
 def plot_training(*several, columns=2):
@@ -66,7 +73,7 @@ def plot_training(*several, columns=2):
         said += mark_switch(ax, logs[0])
         said += say_early(logs)
     title = "Played while training: mean share of each action over seeds"
-    return finish(figure, title, trained(several), " ".join(dict.fromkeys(said)))
+    return finish(figure, title, say_trained(several), " ".join(dict.fromkeys(said)))
 
 
 def plot_curves(results):
@@ -96,7 +103,7 @@ def plot_curves(results):
                 ax.set(xlabel="training episodes")
     title = "Reward trained for, moral regrets and illegal answers while training"
     said = [say_seeds(results, "Mean over seeds, shaded: its 95 % interval."), *said]
-    return finish(figure, title, trained([results]), " ".join(dict.fromkeys(said)))
+    return finish(figure, title, say_trained([results]), " ".join(dict.fromkeys(said)))
 
 
 def plot_policy(results):
@@ -135,7 +142,8 @@ def plot_reciprocity(results, wordings=()):
             bars.append({kind: own["actions"][kind] for kind in ("C|C", "D|C", "C|D", "D|D")})
         panels[label] = Panel(bars, 1, [share_of_illegal(own) for own in measures])
     title = "Reciprocity: what is played after the other's C and after its D"
-    return plot_bars(results, panels, title, tested(results), xlabel="own action | their last move")
+    details = say_tested(results)
+    return plot_bars(results, panels, title, details, xlabel="own action | their last move")
 
 
 def plot_regret(results):
@@ -147,7 +155,7 @@ def plot_regret(results):
         for group in results["groups"]:
             bars.append({game: part["regret"][norm] for game, part in group["games"].items()})
         panels[f"{norm} regret\n({unit})"] = Panel(bars, top)
-    return plot_bars(results, panels, "Moral regret, 0 is best", tested(results, "each game"))
+    return plot_bars(results, panels, "Moral regret, 0 is best", say_tested(results, "each game"))
 
 
 def plot_actions(results, axis=None, where="", values=None):
@@ -164,7 +172,7 @@ def plot_actions(results, axis=None, where="", values=None):
     for ax, part in zip(axes, parts):
         draw_actions(ax, part)
     title = f"Played at test: the share of each action{where}"
-    return finish(figure, title, tested(results, None if axis else "each game", varied=axis))
+    return finish(figure, title, say_tested(results, None if axis else "each game", varied=axis))
 
 
 def plot_wordings(results):
@@ -184,7 +192,72 @@ def plot_axes(results):
         for value in values:
             rows[axis, value] = [group["axes"][axis][value] for group in results["groups"]]
     title = "Moral regret where one thing at a time is varied, 0 (yellow) is best"
-    return plot_regret_map(results["groups"], rows, title, tested(results))
+    return plot_regret_map(results["groups"], rows, title, say_tested(results))
+
+
+def plot_bars(results, panels, *title, xlabel=""):
+    """Grouped bars: `panels[label]` is a Panel."""
+    groups = results["groups"]
+    figure, axes = new_figure(9, 2.4 * len(panels), len(panels), sharex=True)
+    width = 0.85 / len(groups)
+    for ax, (label, panel) in zip(axes.flat, panels.items()):
+        for i, (group, leaves) in enumerate(zip(groups, panel.bars)):
+            same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
+            places = np.arange(len(leaves)) + (i - (len(groups) - 1) / 2) * width
+            mean, spread = as_arrays(leaves)
+            # Whiskers do not reach below 0, nor above the top.
+            below = np.minimum(spread, mean)
+            above = np.minimum(spread, panel.top - mean) if panel.top else spread
+            ax.bar(
+                places,
+                mean,
+                width,
+                yerr=np.maximum([below, above], 0) if group["n"] > 1 else None,
+                color=AGENT_COLOURS.get(group["reward"], OTHER_AGENT),
+                hatch=HATCHES[same_reward % len(HATCHES)],
+                label=group["name"],
+                edgecolor="black",
+                linewidth=0.6,
+                capsize=2,
+                clip_on=False,
+            )
+            if panel.illegal:
+                say_illegal(ax, places[mean < 0.02], panel.illegal[i])
+        ax.set_xticks(range(len(leaves)), [tick.replace("-", "-\n") for tick in leaves])
+        ax.set(ylabel=label, ylim=(0, panel.top))
+    ax.set_xlabel(xlabel)
+    return finish(
+        figure, *title, say_seeds(results, "Whiskers: 95 % where there are several seeds")
+    )
+
+
+def say_illegal(ax, places, share):
+    """Why there is no bar at some places, of an agent that mostly answers illegally."""
+    if share > 0.5:
+        for place in places:
+            ax.text(place, 0.03, f"illegal {share:.0%}", rotation=90, ha="center", size=7)
+
+
+def action_shares(log):
+    """Share of each of ACTION_TYPES in each update: float [update, action]."""
+    keys = [f"count_{kind.replace('|', '_after_')}" for kind in ACTION_TYPES]
+    counts = np.array([[float(row[key]) for key in keys] for row in log])
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def measures_of(log):
+    """Reward, both moral regrets and the share of illegal answers: float [update, 4]."""
+    illegal = action_shares(log)[:, 4:].sum(axis=1)
+    measures = []
+    for row, share in zip(log, illegal):
+        regrets = [float(row["deontological_regret"]), float(row["utilitarian_regret"])]
+        measures.append([float(row["reward"]), *regrets, share])
+    return np.array(measures)
+
+
+def share_of_illegal(measures):
+    """Share of rounds with an illegal answer."""
+    return sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
 
 
 def draw(path, folder, overwrite):

@@ -56,7 +56,8 @@ def list_runs(model, recipe, count, folder):
 def report(outs, folder, name):
     """evaluate.py on several runs: JSON, tables as text, regrets in markdown. Returns the JSON."""
     path = folder / f"{name}.json"
-    printed = run_script("evaluate.py", *outs, *EVALUATIONS[name], "--json", path, "--overwrite")
+    options = EVALUATIONS[name].options
+    printed = run_script("evaluate.py", *outs, *options, "--json", path, "--overwrite")
     results = in_order(read_json(path))
     groups = results["groups"]
     tables = []
@@ -78,9 +79,8 @@ def draw_figures(outs, folder):
     if not finished:
         raise InputError(f"there is no finished run in {folder / 'runs'}", "--results")
     results = {}  # by the names of EVALUATIONS
-    for name in tqdm(EVALUATIONS, unit="test"):
-        part = f"-{name[name.index('vs-') :]}-seed"
-        chosen = [out for out in finished if part in out.name]
+    for name, evaluation in tqdm(EVALUATIONS.items(), unit="test"):
+        chosen = [out for out in finished if f"-vs-{evaluation.opponent}-seed" in out.name]
         if chosen:
             results[name] = report(chosen, folder, name)
     pictures = folder / "figures"

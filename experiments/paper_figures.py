@@ -29,8 +29,8 @@ from drawing import (
     read_logs,
     say_early,
     say_seeds,
-    tested,
-    trained,
+    say_tested,
+    say_trained,
 )
 from envs import payoff_matrix
 from figures import plot_actions, plot_reciprocity, plot_regret, plot_training
@@ -38,26 +38,33 @@ from rewards import reward_array
 from runs import read_config
 from wordings import PERSONAS
 
-# Name of a test -> options of evaluate.py. It is of the runs against the opponent after "vs-".
+TRAINING_NAMES = ["--actions", "action1", "action2"]
+AVERAGED = 10  # updates, in figure 12
+
+
+class Evaluation(NamedTuple):
+    """A test by evaluate.py of the runs whose names end in vs-OPPONENT-seedN."""
+
+    opponent: str  # of training
+    options: list  # of evaluate.py
+
+
 EVALUATIONS = {
-    "new-names-vs-tit-for-tat": ["--axes"],
-    "new-names-vs-learner": [],
-    "training-names-vs-tit-for-tat": ["--actions", "action1", "action2"],
-    "training-names-vs-learner": ["--actions", "action1", "action2"],
-    "training-vs-random": ["--game", "ipd"],
-    "training-vs-always-defect": ["--game", "ipd"],
-    "training-vs-always-cooperate": ["--game", "ipd"],
-    "training-vs-tit-for-tat-swapped": ["--game", "ipd"],
+    "new-names-vs-tit-for-tat": Evaluation("tit-for-tat", ["--axes"]),
+    "new-names-vs-learner": Evaluation("learner", []),
+    "training-names-vs-tit-for-tat": Evaluation("tit-for-tat", TRAINING_NAMES),
+    "training-names-vs-learner": Evaluation("learner", TRAINING_NAMES),  # a table, no figure
 }
+for opponent in ("random", "always-defect", "always-cooperate", "tit-for-tat-swapped"):
+    EVALUATIONS[f"training-vs-{opponent}"] = Evaluation(opponent, ["--game", "ipd"])
 LAYOUTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
 for layout in ("rows", "columns", "both"):
     LAYOUTS.append(f"layout-{layout}-vs-tit-for-tat")
-    EVALUATIONS[LAYOUTS[-1]] = ["--layout", layout]
+    EVALUATIONS[LAYOUTS[-1]] = Evaluation("tit-for-tat", ["--layout", layout])
 VALUES = ["new-names-vs-tit-for-tat"]
 for persona in PERSONAS:
     VALUES.append(f"persona-{persona}-vs-tit-for-tat")
-    EVALUATIONS[VALUES[-1]] = ["--persona", persona]
-AVERAGED = 10  # updates, in figure 12
+    EVALUATIONS[VALUES[-1]] = Evaluation("tit-for-tat", ["--persona", persona])
 
 
 class Figure(NamedTuple):
@@ -83,7 +90,7 @@ def plot_reward(*several):
         said += say_early(logs)
         said.append(say_seeds(results, "Mean over seeds, shaded: its 95 % interval."))
     title = "Reward trained for, from the least to the largest that is possible in a round"
-    return finish(figure, title, trained(several), " ".join(filter(None, dict.fromkeys(said))))
+    return finish(figure, title, say_trained(several), " ".join(filter(None, dict.fromkeys(said))))
 
 
 def normalised_rewards(log, config):
@@ -118,7 +125,7 @@ def plot_regrets(*several, varied):
         for game in results["baseline"]["games"]:
             rows[condition, game] = [group["games"][game] for group in results["groups"]]
     title = f"Moral regret in each game, 0 (yellow) is best; what varies: {varied}"
-    conditions = tested(several[0], "each game", varied)
+    conditions = say_tested(several[0], "each game", varied)
     return plot_regret_map(several[0]["groups"], rows, title, conditions)
 
 
@@ -137,7 +144,7 @@ def plot_shares(*several, varied):
     for ax, group in zip(axes[0], groups):
         ax.set_title("\n".join([group["label"].replace(" then ", "\nthen "), f"n={group['n']}"]))
     title = f"Played at test in each game: the share of each action; what varies: {varied}"
-    return finish(figure, title, tested(several[0], "each game", varied))
+    return finish(figure, title, say_tested(several[0], "each game", varied))
 
 
 def name_condition(results, varied):

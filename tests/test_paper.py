@@ -47,8 +47,8 @@ def results(runs):
 
 def evaluated(results, name):
     """As if each evaluation had been made."""
-    args = evaluate.parse(["run", *EVALUATIONS[name]])
-    opponent = name.partition("-vs-")[2]
+    opponent, options = EVALUATIONS[name]
+    args = evaluate.parse(["run", *options])
     asked = {key: getattr(args, key) for key in evaluate.ASKED}
     runs = [{**run, "opponent": [opponent]} for run in results["runs"]]
     return drawing.in_order({**results, **asked, "runs": runs})
@@ -69,7 +69,7 @@ def test_every_figure_of_the_paper_is_drawn_and_nothing_is_trained(runs, results
 
     def report(outs, folder, name):
         tested.append(name)
-        opponent = name.partition("-vs-")[2]
+        opponent = EVALUATIONS[name].opponent
         assert outs and all(f"-vs-{opponent}-seed1" in out.name for out in outs)
         return evaluated(results, name)
 
@@ -144,7 +144,7 @@ def test_titles_say_what_is_tested(results):
     for number, words in said.items():
         assert words in drawn(results, number).get_suptitle().replace("\n", " ")
     part = {**results, "prompt": "poetic", "layout": "both", "persona": "moral"}
-    assert drawing.tested(part).endswith("; wording poetic; layout both; persona moral")
+    assert drawing.say_tested(part).endswith("; wording poetic; layout both; persona moral")
     rows = drawn(results, "22").axes[0].get_yticklabels()
     assert [row.get_text() for row in rows[:3]] == [
         "layout original: ipd",
@@ -158,8 +158,8 @@ def test_intervals_stay_within_what_is_possible(results):
     groups = [{**group, "n": 2} for group in results["groups"]]
     bars = [{"x": {"mean": 0.9, "ci95": 0.5}, "y": {"mean": 0.05, "ci95": 0.5}}] * len(groups)
     with figures.style():
-        panels = {"p": drawing.Panel(bars, 1, [0, 0, 0.93])}
-        [ax] = drawing.plot_bars({**results, "groups": groups}, panels, "").axes
+        panels = {"p": figures.Panel(bars, 1, [0, 0, 0.93])}
+        [ax] = figures.plot_bars({**results, "groups": groups}, panels, "").axes
         whiskers = ax.collections[0].get_segments()
         assert np.array(whiskers)[:, :, 1] == pytest.approx(np.array([[0.4, 1], [0, 0.55]]))
         assert not ax.texts  # there are bars
@@ -173,8 +173,8 @@ def test_an_agent_without_a_bar_says_why(results):
     groups = results["groups"]
     bars = [{"CC": {"mean": 0.0, "ci95": None}} for _ in groups]
     with figures.style():
-        panel = drawing.Panel(bars, 1, [1.0, 0.0, 0.97])  # the second one defects
-        [ax] = drawing.plot_bars(results, {"P(C)": panel}, "").axes
+        panel = figures.Panel(bars, 1, [1.0, 0.0, 0.97])  # the second one defects
+        [ax] = figures.plot_bars(results, {"P(C)": panel}, "").axes
     assert [text.get_text() for text in ax.texts] == ["illegal 100%", "illegal 97%"]
 
 
