@@ -3,8 +3,9 @@
     python experiments/transfer.py FIXED/* VARIED/* --json right.json
     python experiments/word_or_moral.py right.json --out right.png
 
-A row for each reward, a mean over its runs. On the left are agents that were trained with one pair
-of names, on the right those that had more. Results of --final in a new wording are left out.
+A row for each reward, a mean over its runs. First come the agents that were trained with one pair
+of names, then those that had more, at last the simple rule that does best without the reward.
+Results of --final in a new wording are left out.
 """
 
 import sys
@@ -20,28 +21,46 @@ from errors import InputError, about, stop
 from runs import Parser, check_free, read_json, writing
 
 TITLE = "Does an agent do what its reward asks for? Probability of the right action"
-COLUMNS = (
-    "names of\ntraining",
-    "names in each\nother's role",
-    "200 new\ngames",
-    "those where\nit costs",
-)
-PANELS = {False: "trained with one pair of names", True: "trained with many names"}
+HOME = ("names of\ntraining", "names in each\nother's role")
+NEW = ("200 new\ngames", "those where\nit costs")
 COLOURS = ("#D55E00", "#FFFFFF", "#0072B2")  # the opposite, a coin, right
+OWN_RULE = {"utilitarian": "adds", "game": "selfish"}  # the reward itself, among the simple rules
 
 
 def right_in(result):
-    """P(right action) of a run in each of COLUMNS; NaN where the reward asks for nothing."""
+    """P(right action) of a run in HOME and NEW; None where the reward asks for nothing."""
     return [*result["home"], result["agent"]["all"]["p"], result["agent"]["costs"]["p"]]
+
+
+def best_rule_in(result):
+    """P(right action) in NEW of the simple rule that has the most there, other than the reward."""
+    best = []
+    for column in ("all", "costs"):
+        scores = []
+        for name, rule in result["rules"].items():
+            if name != OWN_RULE.get(result["reward"]) and rule[column]["p"] is not None:
+                scores.append(rule[column]["p"])
+        best.append(max(scores, default=None))
+    return best
 
 
 def read_results(path):
     """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
     results = read_json(path)
     for result in results if isinstance(results, list) else [results]:
-        if not isinstance(result, dict) or not {"reward", "names", "home", "agent"} <= {*result}:
+        if not isinstance(result, dict) or not {"names", "home", "rules"} <= {*result}:
             raise InputError(f"{path} is not of today's transfer.py --json")
     return [result for result in results if result["home"]]
+
+
+def mean_of(results, rewards, shown):
+    """The mean over runs of what `shown` returns for each: float [reward, column]; NaN: none."""
+    rows = []
+    for reward in rewards:
+        chosen = [shown(result) for result in results if result["reward"] == reward]
+        rows.append(np.mean(np.array(chosen, dtype=float), axis=0) if chosen else None)
+    width = max(len(row) for row in rows if row is not None)
+    return np.array([np.full(width, np.nan) if row is None else row for row in rows])
 
 
 def plot(results, title=TITLE):
@@ -52,25 +71,26 @@ def plot(results, title=TITLE):
     trained = list(dict.fromkeys(result["reward"] for result in results))
     rewards = [reward for reward in AGENT_COLOURS if reward in trained]
     rewards += [reward for reward in trained if reward not in rewards]  # of a fork
-    figure, axes = new_figure(10.5, 1.9 + 0.55 * len(rewards), 1, 2, sharey=True)
-    for ax, (varied, name) in zip(axes[0], PANELS.items()):
-        grid = np.full((len(rewards), len(COLUMNS)), np.nan)
-        runs = 0
-        for row, reward in enumerate(rewards):
-            chosen = []
-            for result in results:
-                if (result["reward"], result["names"] > 2) == (reward, varied):
-                    chosen.append(right_in(result))
-            if chosen:
-                grid[row] = np.mean(np.array(chosen, dtype=float), axis=0)
-                runs += len(chosen)
+    fixed = [result for result in results if result["names"] == 2]
+    varied = [result for result in results if result["names"] > 2]
+    panels = []  # (title, columns, float [reward, column])
+    for name, chosen in (("one pair of names", fixed), ("many names", varied)):
+        if chosen:
+            name = f"trained with {name} (runs: {len(chosen)})"
+            panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in)))
+    panels.append(("best simple rule", NEW, mean_of(results, rewards, best_rule_in)))
+    widths = [len(columns) for _, columns, _ in panels]
+    size = (1.25 * sum(widths) + 1, 1.9 + 0.55 * len(rewards))
+    ratios = {"width_ratios": widths}
+    figure, axes = new_figure(*size, 1, len(panels), sharey=True, gridspec_kw=ratios)
+    for ax, (name, columns, grid) in zip(axes[0], panels):
         ax.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
         for (row, column), p in np.ndenumerate(grid):
             text = "-" if np.isnan(p) else f"{p:.2f}"
             colour = "white" if abs(p - 0.5) > 0.35 else "black"
             ax.text(column, row, text, color=colour, ha="center", va="center", size=13)
-        ax.set_title(f"{name} (runs: {runs})")
-        ax.set_xticks(range(len(COLUMNS)), COLUMNS)
+        ax.set_title(name)
+        ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rewards)), rewards)
         ax.tick_params(length=0)
     figure.suptitle(fill(title, 100), size=14)

@@ -258,25 +258,33 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 def result_of(reward, names, own, swapped, costs):
-    """What of transfer.py's JSON the picture shows."""
+    """What of transfer.py's JSON the picture shows; rules score less than the reward's own."""
     agent = {"all": {"p": (own + swapped) / 2}, "costs": {"p": costs}}
-    return {"reward": reward, "names": names, "home": [own, swapped], "agent": agent}
+    rules = {}
+    for name, p in (("adds", 1.0), ("selfish", 0.75), ("largest cell", 0.8)):
+        rules[name] = {"all": {"p": p}, "costs": {"p": p - 0.5}}
+    home = [own, swapped]
+    return {"reward": reward, "names": names, "home": home, "agent": agent, "rules": rules}
 
 
 def test_the_picture(tmp_path, capsys):
-    """Agents of one pair of names on the left, of more on the right; means over runs."""
+    """Agents of one pair of names, of more, and the best rule; means over runs."""
     results = [
         result_of("utilitarian", 2, 1.0, 0.0, 0.5),
         result_of("utilitarian", 54, 0.9, 0.8, 0.95),
-        result_of("utilitarian", 54, 0.7, 0.8, None),
+        result_of("utilitarian", 54, 0.7, 0.8, 1.0),
         result_of("game", 54, 1.0, 0.98, 0.97),
     ]
     with style():
-        fixed, varied = word_or_moral.plot(results).axes
-    shown = [[text.get_text() for text in ax.texts] for ax in (fixed, varied)]
+        fixed, varied, rules = word_or_moral.plot(results).axes
+        alone = word_or_moral.plot(results[1:]).axes
+    shown = [[text.get_text() for text in ax.texts] for ax in (fixed, varied, rules)]
     assert shown[0] == ["-"] * 4 + ["1.00", "0.00", "0.50", "0.50"]  # game first, as in the tables
-    assert shown[1] == ["1.00", "0.98", "0.99", "0.97", "0.80", "0.80", "0.80", "-"]
+    assert shown[1][:4] == ["1.00", "0.98", "0.99", "0.97"]
+    assert shown[1][4:6] == ["0.80", "0.80"]
+    assert shown[2] == ["1.00", "0.50", "0.80", "0.30"]  # of game "adds" is another rule
     assert "runs: 1" in fixed.get_title() and "runs: 3" in varied.get_title()
+    assert [ax.get_title() for ax in alone] == [varied.get_title(), rules.get_title()]
     (tmp_path / "right.json").write_text(json.dumps(results))
     (tmp_path / "other.json").write_text("[1]")
     with refused(capsys, "RESULTS", "today's"):
