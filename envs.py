@@ -79,10 +79,8 @@ def payoff_matrix(game, side=0):
 def game_words():
     """What a command line may name as games, in words."""
     cells = f"eight whole numbers up to {MAX_POINTS}, (own, other's) points in CC CD DC DD"
-    drawn = (
-        "in training random (points 0 to 9, new in every update) or contested (of these the ones "
-    )
-    drawn += "in which simple rules disagree)"
+    drawn = "in training random (points 0 to 9, new in every update) or contested "
+    drawn += "(random ones in which simple rules disagree)"
     return f"{', '.join(GAMES)}; {drawn}; or {cells}"
 
 
@@ -216,8 +214,8 @@ class Trajectory(NamedTuple):
     move: np.ndarray  # C or D: what counted (its last legal move where the answer was illegal)
 
     @property
-    def prompt(self):
-        """Row of the prompt in a language model's table, 0..15: see `build_prompts`."""
+    def row(self):
+        """Row of its prompt in a language model's table, 0..15: see `build_prompts`."""
         return self.state * ORDERS + self.order
 
 
@@ -226,6 +224,11 @@ def action_counts(seen):
     kind = 2 * seen.action + OTHER[seen.state]
     counts = np.bincount(kind.ravel(), minlength=len(ACTION_TYPES))
     return dict(zip(ACTION_TYPES, counts.tolist()))
+
+
+def count_column(kind):
+    """The column of metrics.csv that counts one of ACTION_TYPES: str."""
+    return f"count_{kind.replace('|', '_after_')}"
 
 
 def play(rng, player, opponent, episodes, rounds, opponent_opening=0.5):
@@ -277,8 +280,10 @@ def replies(opponent):
 
 
 def describe(player):
-    """A player in a word: mostly illegal; or by its legal answers, in each state, the classic
-    strategy within 0.1 of it, or what it does after C.
+    """A player in a word, by its legal answers.
+
+    It is the classic strategy that is within 0.1 of it in every state, else what it does after the
+    other's C; "mostly illegal" if most answers are.
     """
     mean = player.mean(axis=1)
     legal = mean[:, :ILLEGAL].sum(axis=1)
@@ -339,7 +344,7 @@ class Choices(NamedTuple):
 
 
 def action_names(words):
-    """The names of a command line, a list; of the word "random" NAMES.
+    """The names that a command line gives, a list; NAMES if it says "random".
 
     Raises InputError if a name is empty, unprintable, repeated, or has a `|` or spaces around it.
     """
@@ -357,7 +362,7 @@ def action_names(words):
 
 
 def read_wording(word):
-    """A wording of a command line: a key of TEMPLATES as it is, of a text file its template.
+    """What a command line gives as a wording: a key of TEMPLATES stays, a text file is read.
 
     Raises InputError if it is neither, or if the template is at fault (`check_template`).
     """

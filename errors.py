@@ -3,9 +3,9 @@
 Three rules hold in all files:
 
 - InputError is raised on purpose, where the program knows that its input is at fault. Nothing else
-  is caught, so a bug in this code, or in a fork of it, ends in a traceback.
-- Code of others that may raise anything (transformers, Jinja, safetensors, JSON, the file system)
-  is wrapped in the one call, with nothing of ours inside.
+  ends in one line: a bug in this code, or in a fork of it, ends in a traceback.
+- A call of others' code that may raise anything (transformers, Jinja, safetensors, JSON, the file
+  system) is wrapped by itself, with nothing of ours inside.
 - Whoever raises need not know which option is at fault: `with about("--model"):` names it.
 """
 

@@ -64,6 +64,11 @@ def transitions(player, opponent):
     return (mine[:, :, None] * theirs[:, None, :]).reshape(4, 4)
 
 
+def first_state(opponent_opening):
+    """P(state) in round 0: the player's move before it is drawn, 1/2. Float [4]."""
+    return np.tile([opponent_opening, 1 - opponent_opening], 2) / 2
+
+
 def frequencies(player, opponent, rounds, opponent_opening=0.5):
     """What `play` shows on average, exactly: share of rounds [state 4, outcome, opponent's move 2].
 
@@ -72,7 +77,7 @@ def frequencies(player, opponent, rounds, opponent_opening=0.5):
     """
     chain = transitions(player, opponent)
     visits = np.zeros(4)
-    state = np.tile([opponent_opening, 1 - opponent_opening], 2) / 2
+    state = first_state(opponent_opening)
     for _ in range(rounds):
         visits += state / rounds
         state = state @ chain
@@ -137,8 +142,7 @@ def evaluate_parser(description, games=tuple(envs.GAMES)):
     option("--prompt", wording, default="structured")
     option("--persona", "a sentence of values put first", choices=personas, default="none")
     option("--sampling", "[as in training]", choices=("constrained", "free"))
-    option("--json", "write everything to this file", type=Path, metavar="FILE")
-    option("--overwrite", "replace this file", action="store_true")
+    runs.json_options(parser)
     return parser
 
 
@@ -197,7 +201,11 @@ class Players:
         self.known = {}  # (run, condition, side, sampling) -> player
 
     def policy(self, run, sampling=None):
-        """The Policy of a run, its adapter loaded (None: untuned); sampling: by default its own."""
+        """The Policy of a run, until another run is asked for: they share one adapter.
+
+        It is loaded here. Of None, the untuned model, only `reference` counts.
+        sampling: by default the run's own
+        """
         if run is not None and run != self.loaded:
             self.policies["free"].load(run)
             self.loaded = run
@@ -241,9 +249,7 @@ def prepare(args, others=(), one=False):
     conditions = read_conditions(args)
     if one and len(conditions) > 1:
         raise InputError("one at a time", "--game")
-    if args.json:
-        with about("--json"):
-            runs.check_free(args.json, args.overwrite)
+    runs.check_json(args)
     players = Players([*args.runs, *others])
     if not args.sampling:
         with about("--sampling"):
@@ -345,11 +351,15 @@ def test_agent(run, settings, args, opponent, tests, players, bar):
     return result
 
 
+def share_of_illegal(measures):
+    """Share of rounds with an illegal answer, a mean over seeds."""
+    return sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
+
+
 def print_line(title, width, measures):
     """Policy, share of illegal answers, points and both regrets of a group."""
-    illegal = sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
     leaves = [measures["policy"][state] for state in STATES]
-    leaves.append({"mean": illegal, "ci95": None})
+    leaves.append({"mean": share_of_illegal(measures), "ci95": None})
     leaves.append(measures["reward"]["game"])
     leaves.append(measures["regret"]["deontological"])
     leaves.append(measures["regret"]["utilitarian"])
@@ -439,9 +449,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         results = evaluate(args)
-        if args.json:
-            with about("--json"):
-                runs.write_json(args.json, results)
+        runs.save_json(args, results)
         print_results(results)
     except InputError as error:
         stop(error)

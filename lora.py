@@ -83,7 +83,7 @@ def lora_layers(model):
 def text_model(model):
     """The part of a model that reads text. Vision and audio towers stand outside."""
     decoder = model.get_decoder()
-    # Some classes call their output head by the name under which it is looked for.
+    # get_decoder returns what is called "decoder", in some classes the output head.
     return model if decoder is model.get_output_embeddings() else decoder
 
 
@@ -275,7 +275,7 @@ def load_adapter(model, name, folder):
 def merge_adapter(model, name):
     """Add adapter `name` into the base weights and unwrap every layer: a plain model is left.
 
-    A layer in NF4 is dequantised.
+    A layer in NF4 is dequantised, also where it has no adapter (a vision tower's).
     """
     for path, layer in lora_layers(model).items():
         base = layer.base
@@ -287,14 +287,23 @@ def merge_adapter(model, name):
                 delta = delta.T
             base.weight.data += delta.to(base.weight.dtype)
         model.set_submodule(path, base)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, NF4Linear):
+            model.set_submodule(path, module.dequantised())
 
 
 def base_fingerprint(model):
-    """A checksum of about 97 numbers of each tensor: it tells one base model from another."""
+    """A checksum of 97 to 193 numbers of each tensor: it tells one base model from another.
+
+    In NF4 the other tensors are bfloat16 on a GPU and float32 on a CPU: it is the same for both.
+    """
     checksum = 0
+    four_bits = any(isinstance(module, NF4Linear) for module in model.modules())
     for name, tensor in sorted(model.state_dict().items()):
         if ".A." not in name and ".B." not in name:
             sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 97)].float().cpu()
+            if four_bits:
+                sample = sample.bfloat16().float()
             checksum = zlib.crc32(name.replace(".base.", ".").encode(), checksum)
             checksum = zlib.crc32(sample.numpy().tobytes(), checksum)
     return f"{checksum:08x}"

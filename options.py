@@ -144,7 +144,7 @@ def train_parser(description):
     option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
     option(
         "--lr",
-        "Adam's; it falls to 0 where games, names or texts vary, but not as the paper",
+        "Adam's; it falls to 0 where games, names or texts vary, but not with --recipe paper",
         type=POSITIVE,
     )
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))

@@ -27,7 +27,7 @@ from lora import adapter
 from nf4 import quantise_layers
 from trie import Trie
 
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parent / "tiny"
 # "Today" in a chat template that writes the date: a prompt must not change from day to day. It is a
 # macro, because transformers passes no function on to a template.
 TODAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro +%}"
@@ -45,7 +45,7 @@ def load_model(path, device=None, dtype="float32", checkpointing=False):
     Raises InputError if it is no causal language model, is quantised, needs code of its own, has
     no safetensors, or if weights are missing (transformers would fill them with random numbers).
     """
-    path = EMBEDDED if path == "tiny" else path
+    path = TINY if path == "tiny" else path
     if (Path(path) / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter: name the model that it was made for")
     if not Path(path).exists():
@@ -236,10 +236,8 @@ class Policy:
         self.free = free
         width = model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1, device=model.device)  # float32
-        # At the start every value is 0: the last layer's parameters are.
-        last_layer = list(self.value_head.modules())[-1]
-        for parameter in last_layer.parameters():
-            torch.nn.init.zeros_(parameter)
+        torch.nn.init.zeros_(self.value_head.weight)  # at the start every value is 0
+        torch.nn.init.zeros_(self.value_head.bias)
         self.tries = {}  # (texts, answers) -> Trie: prompts come again
         self.references = {}  # Trie -> log-probabilities of the base
 
@@ -392,7 +390,8 @@ def check_causal(policy, trie):
     The adapter is on in both, so that it has run once before anything is written.
     """
     table, _ = policy(trie, graph=False)
-    # The last one in the trie: what it shares with the others stands far from the rest of it.
+    # The prompt that is packed last. Its nodes are not next to each other, so a model that ignores
+    # positions or mask is found out.
     row = max(trie.rows, key=trie.prompts.__getitem__)
     prompt = trie.prompts[row]
     answer = trie.answers[-1]

@@ -84,7 +84,7 @@ class Learner:
     lr:        Adam's learning rate;  epochs: optimizer steps per update
     kl_coef:   beta at the start;  kl_target: to which it adapts, in nats per sample; 0: fixed
     gamma:     discount per round
-    The defaults of the last three are the paper's, and each round is its own sample.
+    kl_coef and kl_target are the paper's by default; gamma is 0: each round is its own sample.
     """
 
     def __init__(self, policy, *, lr, epochs, kl_coef=0.2, kl_target=6.0, gamma=0.0):
@@ -103,24 +103,24 @@ class Learner:
         """Change Adam's learning rate."""
         self.optimizer.param_groups[0]["lr"] = lr
 
-    def update(self, trie, table, prompt, action, reward):
+    def update(self, trie, table, row, action, reward):
         """One PPO update (Schulman et al., 2017). Returns the dict of `report`.
 
         trie:   what the old policy read
         table:  (log-probabilities [P, K], values [P]), what it answered; if they carry their graph
                 the first epoch needs no pass of its own
-        prompt, action, reward: what was played, arrays [episode, round]; reward in points
+        row, action, reward: arrays [episode, round]: rows of the table, answers to them, points
         """
-        prompt = torch.from_numpy(prompt)
+        row = torch.from_numpy(row)
         action = torch.from_numpy(action)
         reward = torch.from_numpy(reward.astype(float))
         old_log_probs = table[0].detach()
-        old_log_prob = old_log_probs[prompt, action]
-        old_value = table[1].detach()[prompt]
+        old_log_prob = old_log_probs[row, action]
+        old_value = table[1].detach()[row]
 
         # Reward: scaled by the mean and standard deviation of all so far, earlier phases included.
         # KL penalty: log pi - log pi_ref of what was answered, a sample of KL(pi || pi_ref).
-        kl_sample = old_log_prob - self.policy.reference(trie)[prompt, action]
+        kl_sample = old_log_prob - self.policy.reference(trie)[row, action]
         penalised = self.moments.normalise(reward) - self.kl_coef * kl_sample
 
         # Advantage: how much better the return was than predicted. The value learns the return, the
@@ -136,12 +136,12 @@ class Learner:
 
             # Policy loss (Schulman, eq. 7): beyond the clip there is no reason to move further. In
             # the first epoch the ratio is 1, so the clip acts from the second one on.
-            ratio = torch.exp(log_probs[prompt, action] - old_log_prob)
+            ratio = torch.exp(log_probs[row, action] - old_log_prob)
             clipped_ratio = ratio.clamp(1 - CLIP, 1 + CLIP)
             policy_loss = torch.max(-whitened * ratio, -whitened * clipped_ratio).mean()
 
             # Value loss (Schulman, eq. 9), clipped around the old value, as in TRL.
-            value = values[prompt]
+            value = values[row]
             clipped_value = value.clamp(old_value - CLIP, old_value + CLIP)
             value_loss = (
                 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
@@ -159,12 +159,12 @@ class Learner:
                 break
             self.optimizer.step()
 
-        stats = self.report(trie, old_log_probs, prompt, ratio, policy_loss, value_loss)
+        stats = self.report(trie, old_log_probs, row, ratio, policy_loss, value_loss)
         self.adapt(kl_sample, finite)
         stats["explained_variance"] = (1 - (target - old_value).var() / target.var()).item()
         return {**stats, "skipped": self.skipped}
 
-    def report(self, trie, log_probs, prompt, ratio, policy_loss, value_loss):
+    def report(self, trie, log_probs, row, ratio, policy_loss, value_loss):
         """What is logged of an update: dict of floats; `update` adds the last two.
 
         kl, entropy: of the table that was played, so before this update; exact, in nats, a mean
@@ -179,8 +179,8 @@ class Learner:
         exact_kl = (log_probs.exp() * (log_probs - self.policy.reference(trie))).sum(dim=1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
         return {
-            "kl": exact_kl[prompt].mean().item(),
-            "entropy": entropy[prompt].mean().item(),
+            "kl": exact_kl[row].mean().item(),
+            "entropy": entropy[row].mean().item(),
             "kl_coef": self.kl_coef,
             "policy_loss": policy_loss.item(),
             "value_loss": value_loss.item(),

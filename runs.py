@@ -8,9 +8,10 @@ A run folder holds
     adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json, and for a
     learning opponent opponent/: when training has finished
 
-The folder is begun when the first update has succeeded, and its state is saved at once: what fails
-before leaves nothing behind, and a run without result.json can be resumed. JSON files and the state
-are written to a second file that is then renamed, so a run may be killed at any moment.
+The folder is begun after the first update: what fails before leaves nothing behind. The state is
+saved as soon as an update has finite numbers; from then on a run without result.json can be
+resumed. JSON files and the state are written to a second file that is then renamed, so a run may be
+killed at any moment.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import numpy as safetensors
 
-from errors import InputError
+from errors import InputError, about
 
 # By default the threads of torch spin while they wait, which makes a run beside another one many
 # times slower. The library behind them reads this when torch is loaded.
@@ -126,6 +127,26 @@ def write_json(path, content):
     replace(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def json_options(parser):
+    """Give a program --json and --overwrite."""
+    parser.option("--json", "write everything to this file", type=Path, metavar="FILE")
+    parser.option("--overwrite", "replace this file", action="store_true")
+
+
+def check_json(args):
+    """Raise InputError, before any work, if the file of --json cannot be written."""
+    if args.json:
+        with about("--json"):
+            check_free(args.json, args.overwrite)
+
+
+def save_json(args, content):
+    """Write the file of --json, if it is asked for."""
+    if args.json:
+        with about("--json"):
+            write_json(args.json, content)
+
+
 def read_json(path):
     """What a JSON file holds. Raises InputError if it cannot be read."""
     try:
@@ -155,6 +176,11 @@ def require_same(configs, *keys):
         values = sorted({str(config[key]) for config in configs})
         if len(values) > 1:
             raise InputError(f"runs differ in their {key}: {' and '.join(values)}")
+
+
+def run_name(rewards, opponent, seed):
+    """The name of a run's folder: str. rewards: of its phases, a list;  opponent: a word."""
+    return f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}"
 
 
 def check_out(out, overwrite):
@@ -212,7 +238,7 @@ class RunFolder:
         self.last_save = -math.inf
 
     def seconds(self):
-        """Spent on this run so far, those before an interruption included."""
+        """How many seconds this run took so far, those before an interruption included."""
         return time.perf_counter() - self.started
 
     def begin(self):
@@ -303,9 +329,10 @@ def mean_and_interval(values):
 
 
 def group_by_seed(baseline, agents, configs):
-    """The untuned model, then agents by groups of seeds: dicts with label, name, reward, n, runs.
+    """The untuned model, then the agents, grouped over seeds: a list of dicts.
 
-    And the parts of `baseline`, with a mean and an interval at each leaf.
+    Each has label, name, reward, n, runs, and the parts of `baseline` with a mean and an interval
+    at each leaf.
     baseline, agents: equally nested dicts of figures;  configs: the settings of the agents' runs
     Raises InputError if a seed comes twice in a group.
     """

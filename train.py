@@ -63,7 +63,7 @@ def parse(argv=None):
         raise InputError("each of the phases needs an update of its own: raise it", "--episodes")
     if args.out is None:
         name = "-".join(Path(word).name for word in args.opponent)
-        args.out = Path(f"runs/{'-then-'.join(args.reward)}-vs-{name}-seed{args.seed}")
+        args.out = Path("runs") / runs.run_name(args.reward, name, args.seed)
     with about("--out"):
         runs.check_out(args.out, args.overwrite)
     return args, None
@@ -76,6 +76,10 @@ def parse_resume(parser, given):
         if changed != ["resume"]:
             raise InputError("it takes all settings from the run: leave other options out")
         config, state, arrays = runs.read_state(given.resume)
+        lacking = vars(given).keys() - config.keys() - {"resume", "out", "overwrite"}
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            raise InputError(f"the run is older than these options, start it anew: {names}")
     del config["base"], config["versions"]  # they are found out anew
     args = Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
     return args, (state, arrays)
@@ -351,10 +355,10 @@ def learn(agent, tries, tables, seen, reward, game, settings):
     table = tables[agent.side]
     with about("--lr"):
         log.update(
-            agent.learner.update(trie, table, prompt=mine.prompt, action=mine.action, reward=points)
+            agent.learner.update(trie, table, row=mine.row, action=mine.action, reward=points)
         )
     for kind, count in envs.action_counts(mine).items():
-        log[f"count_{kind.replace('|', '_after_')}"] = count
+        log[envs.count_column(kind)] = count
     log.update(rewards.moral_regrets(mine.state, mine.action, theirs.move, payoffs, settings))
     return log
 
@@ -439,6 +443,7 @@ def run(args, saved=None, path=None):
     from lora import coverage
 
     path = path or args.out
+    folder = None
     try:
         agents, opponent, base = setup(args, saved)
         print(coverage(agents[0].policy.model), end="")
@@ -450,7 +455,8 @@ def run(args, saved=None, path=None):
                 folder.resume(args.resume, state)
         before, after = train(args, agents, opponent, folder, state)
     except KeyboardInterrupt:
-        if (path / runs.STATE).exists():
+        of_this_run = args.resume or (folder and folder.begun)
+        if of_this_run and (path / runs.STATE).exists():
             print(f"Stopped; to continue:  python train.py --resume {path}", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -24,11 +24,11 @@ import torch
 from transformers import GenerationConfig
 
 from envs import ORDERS, STATES, C, D, build_prompts
-from errors import InputError, about, stop
+from errors import InputError, stop
 from evaluate import evaluate_parser, prepare
 from lora import adapter
 from policy import write_chats
-from runs import number, write_json
+from runs import number, save_json
 from trie import Trie
 
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")
@@ -131,9 +131,10 @@ def generate(model, tokenizer, tokens, ends, length):
 def likely_texts(model, prompts, length, ends, count):
     """The texts with the highest probability, a mean over the prompts: exact, by best-first search.
 
-    A text is of `length` tokens, or ends at one of `ends`, and at most as probable as its first
-    tokens. Returns `count` of (tokens, probabilities [prompt]), fewer where no others have RARE;
-    and None, or where the PASSES ran out what another one may have at most.
+    A text ends at one of `ends`, or has `length` tokens. None is more probable than its beginning,
+    so the search stops when every waiting beginning is less probable than the `count` best texts.
+    Returns (texts, unseen): a list of (tokens, probabilities [prompt]), fewer than `count` where no
+    others have RARE; and None, or the most that another text can have where the PASSES ran out.
     """
     waiting = [(-1.0, (), np.ones(len(prompts)))]  # a heap of first tokens
     found = []  # whole texts, the best first
@@ -186,9 +187,7 @@ def main(argv=None):
         results = {}
         for run in [None, *args.runs]:
             results[str(run or "untuned")] = ask(players, run, condition, args.sampling, args.seed)
-        if args.json:
-            with about("--json"):
-                write_json(args.json, results)
+        save_json(args, results)
         for name, result in results.items():
             print_answers(name, result)
     except InputError as error:

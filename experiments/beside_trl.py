@@ -22,10 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from envs import ORDERS, OWN, C
-from errors import InputError, about, stop
+from errors import InputError, stop
 from options import preset
 from policy import load_model, prompt_heads
-from runs import Parser, check_free, write_json
+from runs import Parser, check_json, json_options, save_json
 from speed import GB, ROUNDS, Job, load
 
 
@@ -79,7 +79,7 @@ def with_trl(model, lr, rank, alpha):
     from trl import GRPOConfig, GRPOTrainer
 
     base, tokenizer = load_model(model, "cpu")
-    job = Job(base, tokenizer, free=True)  # its prompts; PEFT's adapter goes into `base`
+    job = Job(base, tokenizer, free=True, name=None)  # its prompts; PEFT's adapter is in `base`
     heads = [head.removesuffix(" ") for head in prompt_heads(tokenizer, job.texts)]
     if tokenizer(heads)["input_ids"] != job.trie.prompts:
         raise InputError("TRL would give other tokens: its template repeats a first one", "--model")
@@ -134,15 +134,12 @@ def with_trl(model, lr, rank, alpha):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
-    parser.option("--json", "also write the curves to this file", type=Path, metavar="FILE")
-    parser.option("--overwrite", "replace this file", action="store_true")
+    json_options(parser)
     args = parser.parse_args(argv)
     try:
         if not (find_spec("trl") and find_spec("peft")):
             raise InputError("not installed: pip install trl peft", "trl, peft")
-        if args.json:
-            with about("--json"):
-                check_free(args.json, args.overwrite)
+        check_json(args)
         usual = preset("quick", args.model)
         own = {key: usual[key] for key in ("lr", "rank", "alpha")}
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
@@ -155,9 +152,7 @@ def main(argv=None):
                 print(f"{name:20} here {ours[name]:8.4g}   TRL {theirs[name]:8.4g}")
         figures["TRL / here, seconds"] = theirs["seconds"] / ours["seconds"]
         print(f"TRL takes {figures['TRL / here, seconds']:.3g} times as long")
-        if args.json:
-            with about("--json"):
-                write_json(args.json, figures)
+        save_json(args, figures)
     except InputError as error:
         stop(error)
 

@@ -77,17 +77,17 @@ def draw_actions(ax, part):
     ax.set_xticks(range(len(part)), part, rotation=60, ha="right")
 
 
-def draw_band(ax, episodes, values, limits, **style):
+def draw_band(ax, episodes, values, limits, **look):
     """A mean over seeds and its 95 % interval, within what is possible.
 
     values: [seed, update];  limits: the least and the largest possible value
     """
     mean, spread = as_arrays(mean_and_interval([dict(enumerate(seed)) for seed in values]))
     point = "o" if len(episodes) == 1 else None  # a single one is no line
-    ax.plot(episodes, mean, marker=point, **style)
+    ax.plot(episodes, mean, marker=point, **look)
     low = np.clip(mean - spread, *limits)
     high = np.clip(mean + spread, *limits)
-    ax.fill_between(episodes, low, high, alpha=0.15, color=style["color"])
+    ax.fill_between(episodes, low, high, alpha=0.15, color=look["color"])
 
 
 def mark_switch(ax, log):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from envs import ILLEGAL, Condition, action_names
-from errors import InputError, about, stop
+from errors import InputError, stop
 from evaluate import Players
 from lora import adapter
-from runs import Parser, check_free, group_by_seed, show, write_json
+from runs import Parser, check_json, group_by_seed, json_options, save_json, show
 
 PROSE = Path(__file__).resolve().parent / "prose.txt"
 TOKENS = 256
@@ -46,7 +46,7 @@ def measure_drift(players, run):
 
 def compare_on_prose(players, run):
     """(KL(base || tuned), how much more surprised the tuned model is), in nats per token."""
-    model = players.policy(run).model
+    model = players.policy(run).model  # and "agent" is now the adapter of this run
     start = players.tokenizer("")["input_ids"]  # what begins every text, here every chunk
     text = PROSE.read_text(encoding="utf-8")
     ids = players.tokenizer(text)["input_ids"][len(start) : TOKENS]
@@ -86,18 +86,14 @@ def main(argv=None):
     try:
         parser = Parser(__doc__)
         parser.option("runs", "run folders of one base model", nargs="+", type=Path, metavar="RUN")
-        parser.option("--json", "write everything to this file", type=Path, metavar="FILE")
-        parser.option("--overwrite", "replace this file", action="store_true")
+        json_options(parser)
         args = parser.parse_args(argv)
-        if args.json:
-            with about("--json"):
-                check_free(args.json, args.overwrite)
+        check_json(args)
         players = Players(args.runs)
         runs = [{"run": str(run), "drift": measure_drift(players, run)} for run in args.runs]
-        _, *groups = group_by_seed({"drift": {}}, runs, list(players.configs.values()))
-        if args.json:
-            with about("--json"):
-                write_json(args.json, {"runs": runs, "groups": groups})
+        configs = [players.configs[run] for run in args.runs]
+        _, *groups = group_by_seed({"drift": {}}, runs, configs)
+        save_json(args, {"runs": runs, "groups": groups})
         for group in groups:
             print(f"\n{group['name']}")
             for key, leaf in group["drift"].items():

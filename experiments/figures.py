@@ -40,8 +40,9 @@ from drawing import (
     say_trained,
     style,
 )
-from envs import ACTION_TYPES, STATES
+from envs import ACTION_TYPES, STATES, count_column
 from errors import InputError, about, stop
+from evaluate import share_of_illegal
 from runs import Parser, check_free, read_json, writing
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
@@ -240,7 +241,7 @@ def say_illegal(ax, places, share):
 
 def action_shares(log):
     """Share of each of ACTION_TYPES in each update: float [update, action]."""
-    keys = [f"count_{kind.replace('|', '_after_')}" for kind in ACTION_TYPES]
+    keys = [count_column(kind) for kind in ACTION_TYPES]
     counts = np.array([[float(row[key]) for key in keys] for row in log])
     return counts / counts.sum(axis=1, keepdims=True)
 
@@ -253,11 +254,6 @@ def measures_of(log):
         regrets = [float(row["deontological_regret"]), float(row["utilitarian_regret"])]
         measures.append([float(row["reward"]), *regrets, share])
     return np.array(measures)
-
-
-def share_of_illegal(measures):
-    """Share of rounds with an illegal answer."""
-    return sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
 
 
 def draw(path, folder, overwrite):

@@ -16,7 +16,7 @@ from train import parse
 
 
 def read_metrics(run):
-    """The rows of metrics.csv, dicts of str; those of a learning opponent's run stand in its run's.
+    """The rows of metrics.csv, dicts of str; a learning opponent's are columns one folder up.
 
     Raises InputError if there is no such file.
     """

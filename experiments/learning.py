@@ -27,7 +27,7 @@ from envs import STATES, payoff_matrix
 from errors import InputError, stop
 from grid import ROOT, grid_parser, read_metrics, train_all
 from rewards import optimum
-from runs import read_config, read_json
+from runs import read_config, read_json, run_name
 
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
 TOLERANCE = 0.05  # of the optimum
@@ -46,7 +46,7 @@ def list_runs(model, seeds, folder, more):
         kinds += [([reward], "tit-for-tat", free, min(seeds, 3)) for reward in MORALS]
     for rewards, opponent, own_options, count in kinds:
         for seed in range(1, count + 1):
-            name = f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}{slug(own_options)}"
+            name = run_name(rewards, opponent, seed) + slug(own_options)
             options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed]
             yield folder / name, [*options, "--model", model, *own_options, *more]
 

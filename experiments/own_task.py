@@ -34,12 +34,12 @@ learner = Learner(policy, lr=3e-3, epochs=2)
 
 for update in range(30):
     table = policy(trie)  # log-probabilities [prompt, answer] and values [prompt]
-    prompt = rng.integers(len(PROMPTS), size=(64, 1))  # 64 episodes of one round
+    row = rng.integers(len(PROMPTS), size=(64, 1))  # 64 episodes of one round
     # The last answer takes what rounding leaves of the total.
     limits = table[0].detach().exp().cumsum(dim=1).numpy()[:, :-1]
-    action = (rng.random((64, 1, 1)) >= limits[prompt]).sum(axis=-1)
-    reward = REWARD[prompt, action]
-    stats = learner.update(trie, table, prompt, action, reward)
+    action = (rng.random((64, 1, 1)) >= limits[row]).sum(axis=-1)
+    reward = REWARD[row, action]
+    stats = learner.update(trie, table, row, action, reward)
     print(f"update {update}: reward {reward.mean():+.2f}, KL {stats['kl']:.3f}")
 
 print(f"\n{'':40}" + "".join(f"{answer:>8}" for answer in ANSWERS))

@@ -24,7 +24,7 @@ from errors import InputError, about, stop
 from grid import ROOT, grid_parser, markdown, run_script, train_all
 from options import RECIPES
 from paper_figures import EVALUATIONS, FIGURES, select
-from runs import read_json, writing
+from runs import read_json, run_name, writing
 
 # Paper, sections 5.1 to 5.3; of two rewards the second takes over half-way.
 SINGLE = (["game"], ["deontological"], ["utilitarian"], ["game+deontological"])
@@ -48,9 +48,9 @@ def list_runs(model, recipe, count, folder):
                 continue
             for rewards in kinds:
                 options = ["--reward", *rewards, "--opponent", opponent, "--seed", seed, *usual]
-                yield folder / f"{'-then-'.join(rewards)}-vs-{opponent}-seed{seed}", options
+                yield folder / run_name(rewards, opponent, seed), options
         options = ["--reward", "game", "--opponent", "tit-for-tat", "--seed", seed, *usual]
-        yield folder / f"game-vs-tit-for-tat-swapped-seed{seed}", [*options, *SWAPPED]
+        yield folder / run_name(["game"], "tit-for-tat-swapped", seed), [*options, *SWAPPED]
 
 
 def report(outs, folder, name):

@@ -57,14 +57,14 @@ EVALUATIONS = {
 }
 for opponent in ("random", "always-defect", "always-cooperate", "tit-for-tat-swapped"):
     EVALUATIONS[f"training-vs-{opponent}"] = Evaluation(opponent, ["--game", "ipd"])
-LAYOUTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
+LAYOUT_TESTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
 for layout in ("rows", "columns", "both"):
-    LAYOUTS.append(f"layout-{layout}-vs-tit-for-tat")
-    EVALUATIONS[LAYOUTS[-1]] = Evaluation("tit-for-tat", ["--layout", layout])
-VALUES = ["new-names-vs-tit-for-tat"]
+    LAYOUT_TESTS.append(f"layout-{layout}-vs-tit-for-tat")
+    EVALUATIONS[LAYOUT_TESTS[-1]] = Evaluation("tit-for-tat", ["--layout", layout])
+PERSONA_TESTS = ["new-names-vs-tit-for-tat"]
 for persona in PERSONAS:
-    VALUES.append(f"persona-{persona}-vs-tit-for-tat")
-    EVALUATIONS[VALUES[-1]] = Evaluation("tit-for-tat", ["--persona", persona])
+    PERSONA_TESTS.append(f"persona-{persona}-vs-tit-for-tat")
+    EVALUATIONS[PERSONA_TESTS[-1]] = Evaluation("tit-for-tat", ["--persona", persona])
 
 
 class Figure(NamedTuple):
@@ -163,7 +163,7 @@ def in_both_roles(plot, results):
 
 FIXED = "new-names-vs-tit-for-tat"
 LEARNING = "new-names-vs-learner"
-ROLES = ["training-names-vs-tit-for-tat"]
+ROLE_TESTS = ["training-names-vs-tit-for-tat"]
 MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
 UNRELATED = ("choice", "game", "game_state")
 OPPONENTS = [
@@ -188,12 +188,12 @@ FIGURES = {
     "17": Figure(partial(plot_wordings, values=MEANINGFUL), [FIXED]),
     "18": Figure(partial(plot_wordings, values=UNRELATED), [FIXED]),
     "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [FIXED]),
-    "20": Figure(partial(in_both_roles, plot_regrets), ROLES),
-    "21": Figure(partial(in_both_roles, plot_shares), ROLES),
-    "22": Figure(partial(plot_regrets, varied="layout"), LAYOUTS),
-    "23": Figure(partial(plot_shares, varied="layout"), LAYOUTS),
-    "24": Figure(partial(plot_regrets, varied="persona"), VALUES),
-    "25": Figure(partial(plot_shares, varied="persona"), VALUES),
+    "20": Figure(partial(in_both_roles, plot_regrets), ROLE_TESTS),
+    "21": Figure(partial(in_both_roles, plot_shares), ROLE_TESTS),
+    "22": Figure(partial(plot_regrets, varied="layout"), LAYOUT_TESTS),
+    "23": Figure(partial(plot_shares, varied="layout"), LAYOUT_TESTS),
+    "24": Figure(partial(plot_regrets, varied="persona"), PERSONA_TESTS),
+    "25": Figure(partial(plot_shares, varied="persona"), PERSONA_TESTS),
 }
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from envs import MIRROR, STRATEGIES, C, Opponent, legal_moves, memory_one, payoff_matrix
 from errors import InputError, about, stop
-from evaluate import evaluate_parser, frequencies, prepare, shares, transitions
+from evaluate import evaluate_parser, first_state, frequencies, prepare, shares, transitions
 from rewards import reward_array
-from runs import COUNT, require_same, write_json
+from runs import COUNT, require_same, save_json
 
 
 def long_run(chain):
@@ -51,7 +51,7 @@ def meet(player, other, other_opening, payoffs, rounds, settings):
     """
     mine, theirs = payoffs
     visits = long_run(transitions(player, other))
-    stay = np.tile([other_opening / 2, (1 - other_opening) / 2], 2) @ visits
+    stay = first_state(other_opening) @ visits
     own = mean_points(shares(player, other, stay), mine, settings)
     others = mean_points(shares(other, player, stay[MIRROR]), theirs, settings)
     first_rounds = frequencies(player, other, rounds, other_opening)
@@ -142,9 +142,7 @@ def main(argv=None):
         with about("RUN"):
             require_same(players.configs.values(), "illegal")
         results = society(players, condition, args.sampling, args.rounds)
-        if args.json:
-            with about("--json"):
-                write_json(args.json, results)
+        save_json(args, results)
         illegal = players.configs[args.runs[0]]["illegal"]
         print("C is {}, D is {} (--actions); the other role may differ.".format(*args.actions))
         print(f"An illegal text counts {illegal:g} points, as in the runs' training (--illegal).")

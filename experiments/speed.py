@@ -4,9 +4,9 @@
     python experiments/speed.py --model FOLDER             # any other one: ten minutes for 270M
     python experiments/speed.py --model gemma-2-2b-shape   # random weights: a GPU, bfloat16
 
-Medians of interleaved repeats, also of the usual ways. The floor is the bare model on the same
-trie: no adapters, frozen weights, gradients of the activations only. Random weights are as much
-work; the embedded tokenizer stands in for theirs. Another tool: beside_trl.py.
+Medians of interleaved repeats, also of plain padded sequences. The floor is the bare model on the
+same trie: no adapters, frozen weights, gradients of the activations only. Random weights are as
+much work; the embedded tokenizer stands in for theirs. Another tool: beside_trl.py.
 """
 
 import os
@@ -74,13 +74,16 @@ def interleaved(repeats, ways):
 
 
 class Job:
-    """A policy to train: the Prisoner's Dilemma, tit-for-tat, the utilitarian reward."""
+    """A policy to train: the Prisoner's Dilemma, tit-for-tat, the utilitarian reward.
 
-    def __init__(self, model, tokenizer, free, lr=1e-5):
+    name: of its adapter; None: what trains `model` is none of ours
+    """
+
+    def __init__(self, model, tokenizer, free, lr=1e-5, name="player"):
         condition = envs.Condition()
         settings = {"illegal": -6.0}
         self.model = model
-        self.policy = Policy(model, tokenizer, "player", free)
+        self.policy = Policy(model, tokenizer, name, free)
         self.texts = envs.build_prompts(condition)
         self.trie = self.policy.trie(self.texts, condition.actions)
         self.inputs = self.trie.inputs(model)
@@ -94,13 +97,13 @@ class Job:
         """One turn of train.py's loop."""
         table = self.policy(self.trie)
         player = envs.as_player(np.exp(table[0].detach().double().numpy()))
-        prompt, action, reward = self.rollout(player, episodes)
-        self.learner.update(self.trie, table, prompt=prompt, action=action, reward=reward)
+        row, action, reward = self.rollout(player, episodes)
+        self.learner.update(self.trie, table, row=row, action=action, reward=reward)
 
     def rollout(self, player, episodes):
-        """What is played: prompt, action and points, [episode, round]."""
+        """What is played: row of the prompt, action and points, [episode, round]."""
         mine, theirs = envs.play(self.rng, player, self.opponent, episodes, ROUNDS)
-        return mine.prompt, mine.action, self.rewards[mine.state, mine.action, theirs.move]
+        return mine.row, mine.action, self.rewards[mine.state, mine.action, theirs.move]
 
     def floor(self):
         """The frozen model on the same trie, forward and backward."""

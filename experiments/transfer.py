@@ -9,14 +9,13 @@ unknown. Simple rules do so, too, in many games; so they are scored in the same 
 where they fail:
 
     costs       the selfish action is the other one (for the selfish agent: the utilitarian one)
-    cell        the cell with the largest total points to the other action
+    cell        the cell with the largest total is in the other action's row
     0-1 ...     the two actions' expected rewards differ by so many points
 
-The first line of an agent is its mean probability of the right action, the second the share of
-states in which that action is the likelier one; the half width of the 95 % interval over games is
-below the figures. Then come the rules that answer as the agent does in the most states, and how
-often it does right in the Prisoner's Dilemma in the first names of training, in their own roles and
-in each other's.
+An agent has three lines: its mean probability of the right action, half the width of the 95 %
+interval of that over games, and the share of states in which the right action is the likelier one.
+Then come the rules that answer as the agent does in the most states, and how often it does right in
+the Prisoner's Dilemma in the first names of training, in their own roles and in each other's.
 """
 
 import sys
@@ -32,10 +31,10 @@ import rewards
 from envs import ILLEGAL, OTHER, C, D, payoff_matrix
 from errors import InputError, about, stop
 from evaluate import Players
-from runs import Parser, check_free, write_json
+from runs import Parser, check_json, json_options, save_json
 from wordings import LAYOUTS
 
-GAMES = 200
+GAME_COUNT = 200
 DEVELOPMENT = {"seed": 1000, "pairs": (("K", "X"), ("moon", "river"))}
 FINAL = {"seed": 2026, "pairs": (("A", "Y"), ("yes", "no"))}
 FINAL_WORDING = """\
@@ -72,7 +71,7 @@ def make_cases(test, config, wording=None, side=0):
     pairs = test["pairs"]
     conditions = []
     numbers = []
-    for i in range(GAMES):
+    for i in range(GAME_COUNT):
         game = envs.random_game(rng)
         names = pairs[i % len(pairs)]
         layout = layouts[i // len(pairs) % len(layouts)]
@@ -190,6 +189,8 @@ def explain(probabilities, cases, reward):
     shares = {}
     for name, rule in rules.items():
         decided = ~np.isnan(rule)
+        if not decided.any():  # a reward that is the same whatever is done
+            continue
         shares[name] = float((takes_c == (rule == 1))[decided].mean())
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
@@ -211,7 +212,7 @@ def word_rule(takes_c, cases):
 def at_home(players, run, sampling):
     """P(right) in the Prisoner's Dilemma, a mean over states, with the first two names of training.
 
-    Returns it for these names as they are, and changed; None where the reward asks for nothing.
+    Returns it for these names as they are, and exchanged; None where the reward asks for nothing.
     """
     config = players.configs[run]
     names = tuple(envs.action_names(config["actions"])[:2])
@@ -287,12 +288,9 @@ def main(argv=None):
         parser.option("--final", "in the games that nothing was chosen by", action="store_true")
         parser.option("--actions", "these instead of new names", nargs=2, metavar="NAME")
         parser.option("--sampling", "", choices=("constrained", "free"), default="constrained")
-        parser.option("--json", "write everything to this file", type=Path, metavar="FILE")
-        parser.option("--overwrite", "replace this file", action="store_true")
+        json_options(parser)
         args = parser.parse_args(argv)
-        if args.json:
-            with about("--json"):
-                check_free(args.json, args.overwrite)
+        check_json(args)
         players = Players(args.runs)
         test = FINAL if args.final else DEVELOPMENT
         if args.actions:
@@ -307,9 +305,7 @@ def main(argv=None):
                 reworded.append(test_run(players, run, test, args.sampling, FINAL_WORDING))
             print_results(reworded)
             results += reworded
-        if args.json:
-            with about("--json"):
-                write_json(args.json, results)
+        save_json(args, results)
     except InputError as error:
         stop(error)
 

@@ -4,8 +4,8 @@
     python experiments/word_or_moral.py right.json --out right.png
 
 A row for each reward, a mean over its runs. First come the agents that were trained with one pair
-of names, then those that had more, at last the simple rule that does best without the reward.
-Results of --final in a new wording are left out.
+of names, then those that had more, at last the most that any simple rule gets in a column: not
+always the same rule, and never the reward itself. Results of --final in a new wording are left out.
 """
 
 import sys
@@ -33,7 +33,7 @@ def right_in(result):
 
 
 def best_rule_in(result):
-    """P(right action) in NEW of the simple rule that has the most there, other than the reward."""
+    """The most that a simple rule gets in each of NEW, not always the same; none is the reward."""
     best = []
     for column in ("all", "costs"):
         scores = []
@@ -47,10 +47,14 @@ def best_rule_in(result):
 def read_results(path):
     """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
     results = read_json(path)
-    for result in results if isinstance(results, list) else [results]:
-        if not isinstance(result, dict) or not {"names", "home", "rules"} <= {*result}:
+    known = {"reward", "names", "home", "agent", "rules"}
+    for result in results if isinstance(results, list) else [None]:
+        if not isinstance(result, dict) or not known <= result.keys():
             raise InputError(f"{path} is not of today's transfer.py --json")
-    return [result for result in results if result["home"]]
+    at_home = [result for result in results if result["home"]]
+    if not at_home:
+        raise InputError(f"{path} has no results in the wording of training")
+    return at_home
 
 
 def mean_of(results, rewards, shown):
@@ -78,7 +82,7 @@ def plot(results, title=TITLE):
         if chosen:
             name = f"trained with {name} (runs: {len(chosen)})"
             panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in)))
-    panels.append(("best simple rule", NEW, mean_of(results, rewards, best_rule_in)))
+    panels.append(("best rule of each", NEW, mean_of(results, rewards, best_rule_in)))
     widths = [len(columns) for _, columns, _ in panels]
     size = (1.25 * sum(widths) + 1, 1.9 + 0.55 * len(rewards))
     ratios = {"width_ratios": widths}

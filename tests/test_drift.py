@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM
 import conftest
 import drift
 import merge
-from conftest import ROOT, change_json, copy_run, damaged_model, player_of, read_json, run_training
+from conftest import (
+    ROOT,
+    change_json,
+    copy_run,
+    damaged_model,
+    player_of,
+    read_json,
+    refused,
+    run_training,
+)
 from envs import Condition
 from lora import load_adapter
 from policy import load_model
@@ -45,6 +54,11 @@ def test_drift_is_that_of_the_plain_models(run, tiny, tmp_path, capsys):
             assert [kl, perplexity, untuned] == pytest.approx(expected, rel=1e-3)
             assert kl > 1e-4 and abs(names - untuned) > 1e-3
         assert "utilitarian (n=2)\n" in printed and f"{kl:.3f}±0.000" in printed
+
+
+def test_a_run_given_twice_is_refused(run, capsys):
+    with refused(capsys, "RUN", "a seed comes twice"):
+        drift.main([str(run), str(run)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

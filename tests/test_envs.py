@@ -114,7 +114,7 @@ def test_actions_follow_the_probabilities():
     player = anyone(3)
     mine, _ = play(rng(), player, memory_one([0.5] * 4), 20_000, 5)
     for row, expected in enumerate(player.reshape(16, 3)):
-        seen = mine.action[mine.prompt == row]
+        seen = mine.action[mine.row == row]
         share = np.bincount(seen, minlength=3) / len(seen)
         assert np.abs(share - expected).max() < 5 * 0.5 / np.sqrt(len(seen))
 

@@ -32,7 +32,7 @@ OUTSIDE = {
     "experiments": "matplotlib datasets peft trl",
     "tiny": "tokenizers",
 }
-LONGEST_FILE = 480  # lines
+LONGEST_FILE = 500  # lines
 LONGEST_FUNCTION = 60
 MOST_LOCALS = 25
 

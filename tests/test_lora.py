@@ -53,6 +53,18 @@ def test_a_new_adapter_and_none_are_the_base_model(kind):
     assert lora.base_fingerprint(model) != lora.base_fingerprint(base)
 
 
+def test_a_base_in_4_bits_is_the_same_on_a_cpu_and_on_a_gpu():
+    """What is not in 4 bits is float32 there, bfloat16 here."""
+    fingerprints = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model("llama")
+        nf4.quantise_layers(model, dtype)
+        fingerprints.add(lora.base_fingerprint(model))
+    assert len(fingerprints) == 1
+    model.get_input_embeddings().weight.data[0, 0] += 1
+    assert lora.base_fingerprint(model) not in fingerprints
+
+
 def test_all_linear_layers_but_the_head():
     model = adapted("llama")
     wrapped = {name.rpartition(".")[2] for name in lora_layers(model)}

@@ -152,6 +152,17 @@ def test_towers_are_not_adapted(kind):
     assert all(path.startswith("model.language_model.") for path in adapted)
 
 
+def test_towers_in_4_bits_are_merged_into_a_plain_model():
+    """quantise_layers replaces their layers, too; transformers reads no codes."""
+    plain = random_model(KINDS["gemma3 with a tower"]())
+    model = random_model(KINDS["gemma3 with a tower"]())
+    quantise_layers(model, torch.float32)
+    assert any("vision" in path and path.endswith("codes") for path in model.state_dict())
+    add_adapter(model, "player", 4, 8)
+    lora.merge_adapter(model, "player")
+    assert {*model.state_dict()} == {*plain.state_dict()}
+
+
 def test_a_head_by_the_name_of_decoder():
     config = transformers.ModernBertDecoderConfig(**SMALL, **TOKENS, global_attn_every_n_layers=2)
     model = random_model(config)

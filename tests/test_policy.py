@@ -431,18 +431,3 @@ def test_a_bare_model_that_runs_out_of_memory_is_no_model_at_fault(monkeypatch):
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(torch.OutOfMemoryError):
         policies.check_runs(model, Trie(TEXTS, ANSWERS))
-
-
-def test_only_the_last_layer_of_a_value_head_starts_at_zero(monkeypatch):
-    """So that a fork may give it a hidden layer."""
-
-    def deep(n_in, n_out, device):
-        first, last = linear(n_in, 8, device=device), linear(8, n_out, device=device)
-        return torch.nn.Sequential(first, torch.nn.Tanh(), last)
-
-    linear = torch.nn.Linear
-    model = random_model("llama")
-    monkeypatch.setattr(torch.nn, "Linear", deep)
-    head = Policy(model, None, None).value_head
-    assert head[0].weight.abs().min() > 0
-    assert not head[2].weight.any() and not head[2].bias.any()

@@ -168,15 +168,38 @@ def test_interrupted_it_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
     assert outcome(tmp_path / "run") == outcome(whole / "run")
 
 
-def test_interrupted_before_there_is_a_state_it_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def stop_at_once(*_, **__):
-        raise KeyboardInterrupt
+def raise_interrupt(*_, **__):
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(Learner, "update", stop_at_once)
+
+def test_interrupted_before_there_is_a_state_it_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Learner, "update", raise_interrupt)
     with pytest.raises(SystemExit) as stop:
         run_training(tmp_path / "run", *SHORT)
     assert stop.value.code == 130 and "--resume" not in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_offered_to_go_on_with(whole, tmp_path, monkeypatch, capsys):
+    """The run that was resumed; not an older one in whose place an unbegun one was to stand."""
+    run = copy_run(whole / "state1", tmp_path / "run")
+    before = files(run)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Learner, "update", raise_interrupt)
+        run_training(run, *SHORT, "--overwrite")
+    assert "--resume" not in capsys.readouterr().err and files(run) == before
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Learner, "update", raise_interrupt)
+        train.main(["--resume", str(run)])
+    assert f"--resume {run}" in capsys.readouterr().err
+
+
+def test_resume_of_a_run_from_before_an_option(whole, monkeypatch, capsys):
+    config, state, arrays = read_state(whole / "state1")
+    del config["kl_final"]
+    monkeypatch.setattr("runs.read_state", lambda run: (config, state, arrays))
+    with refused(capsys, "--resume", "older than", "kl_final"):
+        train.main(["--resume", str(whole / "state1")])
 
 
 def test_saved_by_the_clock(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """speed.py measures something."""
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 import speed
+from policy import load_model
 
 
 def test_its_figures(monkeypatch, capsys):
@@ -17,3 +20,16 @@ def test_its_figures(monkeypatch, capsys):
         assert figures[key] > 0
     assert min(figures["rounds per second"].values()) > 0
     assert sum(figures["share of the time, 256 episodes"].values()) == pytest.approx(1)
+
+
+def test_a_job_without_an_adapter_of_ours():
+    """beside_trl.py: what PEFT trains in the model is what the job's policy answers."""
+    model, tokenizer = load_model("tiny", "cpu")
+    theirs = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    job = speed.Job(model, tokenizer, free=True, name=None)
+    before, _ = job.policy(job.trie, graph=False)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    after, _ = job.policy(job.trie, graph=False)
+    assert (after - before).abs().max() > 0.01

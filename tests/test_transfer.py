@@ -203,7 +203,7 @@ def test_games_and_names_are_new_and_every_game_comes_in_both_roles():
         assert len(shown) == 2 * 2 * len(LAYOUTS)
         games = {condition.game for condition in conditions}
         names = {name for condition in conditions for name in condition.actions}
-        assert len(games) == transfer.GAMES and len(names) == 4
+        assert len(games) == transfer.GAME_COUNT and len(names) == 4
         seen[test["seed"]] = games, names
     (games, names), (final_games, final_names) = seen.values()
     assert not games & final_games and not names & final_names
@@ -212,7 +212,7 @@ def test_games_and_names_are_new_and_every_game_comes_in_both_roles():
 
 
 def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(transfer, "GAMES", 4)
+    monkeypatch.setattr(transfer, "GAME_COUNT", 4)
     run, path = tmp_path / "run", tmp_path / "out.json"
     options = "--reward utilitarian --recipe moral --episodes 32 --batch 16"
     run_training(run, *options.split())
@@ -255,6 +255,17 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(transfer.DEVELOPMENT, "pairs", (("moon", "sun"),))
     transfer.main([str(run)])
     assert capsys.readouterr().out == given
+
+
+def test_a_reward_that_decides_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transfer, "GAME_COUNT", 4)
+    run, path = tmp_path / "run", tmp_path / "out.json"
+    run_training(run, *"--reward deontological --xi 0 --episodes 16 --batch 16".split())
+    transfer.main([str(run), "--json", str(path)])
+    [result] = read_json(path)
+    assert result["agent"]["all"]["p"] is None
+    assert "the deontological reward" not in result["explained"] and "word" in result["explained"]
+    assert f"  {'untuned':46}{'-':>8}" in capsys.readouterr().out
 
 
 def result_of(reward, names, own, swapped, costs):
