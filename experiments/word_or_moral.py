@@ -47,8 +47,10 @@ def best_rule_in(result):
 def read_results(path):
     """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
     results = read_json(path)
+    if not isinstance(results, list):
+        results = [results]
     known = {"reward", "names", "home", "agent", "rules"}
-    for result in results if isinstance(results, list) else [None]:
+    for result in results:
         if not isinstance(result, dict) or not known <= result.keys():
             raise InputError(f"{path} is not of today's transfer.py --json")
     at_home = [result for result in results if result["home"]]
