@@ -2,6 +2,7 @@
 
     python experiments/paper.py                     # trains, tests and draws with --recipe paper
     python experiments/paper.py --draw              # no training: what is there by now
+    python experiments/paper.py --draw 3 21         # these figures only
     python experiments/paper.py --model FOLDER --recipe quick
 
 Each has five seeds; two learners have two where the model is not the embedded one.
@@ -73,20 +74,26 @@ def report(outs, folder, name):
     return results
 
 
-def draw_figures(outs, folder):
-    """Test the runs that have finished, each test once, and draw the figures that they allow."""
+def draw_figures(outs, folder, numbers):
+    """Test the runs that have finished, each test once, and draw the figures that they allow.
+
+    numbers: keys of FIGURES
+    """
     finished = [out for out in outs if (out / "result.json").exists()]
     if not finished:
         raise InputError(f"there is no finished run in {folder / 'runs'}", "--results")
+    needed = {name for number in numbers for name in FIGURES[number].tests}
     results = {}  # by the names of EVALUATIONS
-    for name, evaluation in tqdm(EVALUATIONS.items(), unit="test"):
-        chosen = [out for out in finished if f"-vs-{evaluation.opponent}-seed" in out.name]
+    for name in tqdm([name for name in EVALUATIONS if name in needed], unit="test"):
+        opponent = EVALUATIONS[name].opponent
+        chosen = [out for out in finished if f"-vs-{opponent}-seed" in out.name]
         if chosen:
             results[name] = report(chosen, folder, name)
     pictures = folder / "figures"
     with about("--results"), writing(pictures):
         pictures.mkdir(parents=True, exist_ok=True)
-    for number, figure in FIGURES.items():
+    for number in numbers:
+        figure = FIGURES[number]
         parts = [select(results[name], figure.phases) for name in figure.tests if name in results]
         parts = [part for part in parts if len(part["groups"]) > 1]  # not only the untuned model
         if len(parts) < len(figure.tests):
@@ -103,14 +110,15 @@ def main(argv=None):
     try:
         parser = grid_parser(__doc__, "5", "results/MODEL")
         parser.option("--recipe", "of train.py", choices=RECIPES, default="paper")
-        parser.option("--draw", "train nothing: test and draw what is there", action="store_true")
+        draw = "train nothing: test what is there and draw these figures, or all"
+        parser.option("--draw", draw, nargs="*", metavar="NUMBER", choices=FIGURES)
         args = parser.parse_args(argv)
         style()  # without matplotlib it ends here, not after the work
         folder = args.results or ROOT / "results" / Path(args.model).name
         grid = list(list_runs(args.model, args.recipe, args.seeds or 5, folder / "runs"))
-        if not args.draw:
+        if args.draw is None:
             list(tqdm(train_all(grid, args), total=len(grid), unit="run"))
-        draw_figures([out for out, _ in grid], folder)
+        draw_figures([out for out, _ in grid], folder, args.draw or list(FIGURES))
         print(f"Tables and figures are in {folder}")
     except InputError as error:
         stop(error)

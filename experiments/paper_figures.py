@@ -53,7 +53,6 @@ EVALUATIONS = {
     "new-names-vs-tit-for-tat": Evaluation("tit-for-tat", ["--axes"]),
     "new-names-vs-learner": Evaluation("learner", []),
     "training-names-vs-tit-for-tat": Evaluation("tit-for-tat", TRAINING_NAMES),
-    "training-names-vs-learner": Evaluation("learner", TRAINING_NAMES),  # a table, no figure
 }
 for opponent in ("random", "always-defect", "always-cooperate", "tit-for-tat-swapped"):
     EVALUATIONS[f"training-vs-{opponent}"] = Evaluation(opponent, ["--game", "ipd"])
