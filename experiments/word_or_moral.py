@@ -84,7 +84,7 @@ def plot(results, title=TITLE):
         if chosen:
             name = f"trained with {name} (runs: {len(chosen)})"
             panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in)))
-    panels.append(("best rule of each", NEW, mean_of(results, rewards, best_rule_in)))
+    panels.append(("best simple rules", NEW, mean_of(results, rewards, best_rule_in)))
     widths = [len(columns) for _, columns, _ in panels]
     size = (1.25 * sum(widths) + 1, 1.9 + 0.55 * len(rewards))
     ratios = {"width_ratios": widths}
