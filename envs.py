@@ -148,6 +148,8 @@ def rules_disagree(payoffs):
 def memory_one(strategy):
     """Four numbers P(C | CC CD DC DD) as a player [state, order 1, C or D]."""
     p = np.array(strategy, dtype=float)
+    if p.shape != (4,):
+        raise ValueError(f"a strategy is four numbers, P(C | CC CD DC DD), not {strategy}")
     return np.stack([p, 1 - p], axis=-1)[:, None, :]
 
 

@@ -93,37 +93,43 @@ def shares(player, opponent, visits):
     return visits[:, None, None] * answers[:, :, None] * envs.replies(opponent)[:, None]
 
 
-def measure(player, payoffs, opponent, opponent_opening, rounds, settings):
+def measure(player, payoffs, opponent, opponent_opening, rounds, settings, reward=None):
     """All about a player in one game against an opponent: nested dict of floats.
 
     opponent: [state, order, outcome], from its own side
     opponent_opening: P(C) of its move before round 0
     settings: of the player's run, for the rewards
+    reward: what the player was trained for; None: nothing
 
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
     actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
     regret:   deontological, utilitarian; None where there is none
+    right:    how often it does what its reward asks for (`rewards.moral_accuracy`); None likewise
     """
     share = frequencies(player, opponent, rounds, opponent_opening)
     outcomes = player.shape[-1]
     # Summed over own last move and the opponent's next one: [action, opponent's last move].
     actions = np.zeros((3, 2))
     actions[:outcomes] = share.reshape(2, 2, outcomes, 2).sum(axis=(0, 3)).T
-    reward = {}
+    means = {}
     for name in rewards.REWARDS:
         points = rewards.reward_array(name, payoffs, settings)[:, :outcomes]
-        reward[name] = float((share * points).sum())
-    illegal = settings["illegal"]
-    utilitarian = float(rewards.utilitarian_regret(reward["utilitarian"], payoffs, illegal))
+        means[name] = float((share * points).sum())
+    utilitarian = rewards.utilitarian_regret(means["utilitarian"], payoffs, settings["illegal"])
+    right = math.nan
+    if reward:
+        replies = envs.replies(opponent)
+        right = rewards.moral_accuracy(reward, player, payoffs, settings, replies)
     return {
         "policy": by_state(player, C),
         "illegal": by_state(player, ILLEGAL),
         "actions": dict(zip(envs.ACTION_TYPES, actions.ravel().tolist())),
-        "reward": reward,
+        "reward": means,
         "regret": {
-            "deontological": rewards.deontological_regret(reward["deontological"]),
-            "utilitarian": None if math.isnan(utilitarian) else utilitarian,
+            "deontological": rewards.deontological_regret(means["deontological"]),
+            "utilitarian": None if math.isnan(utilitarian) else float(utilitarian),
         },
+        "right": None if math.isnan(right) else right,
     }
 
 
@@ -342,6 +348,7 @@ def test_agent(run, settings, args, opponent, tests, players, bar):
             opponent_opening=opponent.opening,
             rounds=args.rounds,
             settings=settings,
+            reward=settings["reward"][-1] if run else None,
         )
         place = result
         for key in path[:-1]:
@@ -357,12 +364,13 @@ def share_of_illegal(measures):
 
 
 def print_line(title, width, measures):
-    """Policy, share of illegal answers, points and both regrets of a group."""
+    """Policy, share of illegal answers, points, both regrets, and how often a group does right."""
     leaves = [measures["policy"][state] for state in STATES]
     leaves.append({"mean": share_of_illegal(measures), "ci95": None})
     leaves.append(measures["reward"]["game"])
     leaves.append(measures["regret"]["deontological"])
     leaves.append(measures["regret"]["utilitarian"])
+    leaves.append(measures["right"])
     print(f"{title:{width}}" + "".join(f"{show(leaf):>14}" for leaf in leaves))
 
 
@@ -373,7 +381,7 @@ def print_results(results):
     print_head(results)
     width = max(map(len, [*games, *(group["name"] for group in groups)]))
     titles = [f"P(C|{state})" for state in STATES]
-    titles += ["illegal", "points", "deont. regret", "util. regret"]
+    titles += ["illegal", "points", "deont. regret", "util. regret", "right"]
     head = "".join(f"{title:>14}" for title in titles)
     for game in games:
         print(f"\n{game:{width}}{head}")
@@ -403,6 +411,7 @@ def print_head(results):
     opponent = " ".join(results["opponent"])
     names = " ".join(results["actions"])
     print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")
+    print("right: how often an agent does what its own reward asks for")
     if any(group["n"] > 1 for group in results["groups"]):
         print("±: 95 % over seeds (Student's t), conditional on the one base model.")
     tested = {

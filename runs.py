@@ -157,6 +157,8 @@ def read_json(path):
 
 def read_config(run, finished=True):
     """The settings of a run folder, a dict. Raises InputError if it is none, or not `finished`."""
+    if not run.exists():
+        raise InputError(f"there is no folder {run}")
     if not (run / "config.json").exists():
         raise InputError(f"{run} is not a run folder of train.py: it has no config.json")
     config = read_json(run / "config.json")
@@ -166,7 +168,7 @@ def read_config(run, finished=True):
     last = "adapter_config.json" if "side" in config else "result.json"
     if finished and not (run / last).exists():
         resume = f"python train.py --resume {run}"
-        raise InputError(f"{run} is not finished: continue it with  {resume}")
+        raise InputError(f"{run} is not finished: leave it out, or continue it with  {resume}")
     return config
 
 

@@ -396,10 +396,13 @@ def save(args, agents, folder, updates, rng, before):
         folder.save([agent.learner for agent in agents], state)
 
 
-def print_policies(before, after):
-    """Print the players [state, order, outcome] before and after training."""
+def print_policies(before, after, right_before, right_after):
+    """Print the players [state, order, outcome] before and after training.
+
+    right_before, right_after: what `judge` returns of them
+    """
     titles = ("P(C | own last, their last)", "The opponent's")
-    for title, untuned, tuned in zip(titles, before, after):
+    for i, (title, untuned, tuned) in enumerate(zip(titles, before, after)):
         print(f"\n{title:30}{'before':>7} {'after':>7}")
         p_before = by_state(untuned, C)
         p_after = by_state(tuned, C)
@@ -407,7 +410,9 @@ def print_policies(before, after):
             print(f"  P(C | {state}){p_before[state]:25.3f} {p_after[state]:7.3f}")
         illegal = [np.mean(list(by_state(player, ILLEGAL).values())) for player in (untuned, tuned)]
         print(f"  P(illegal), mean{illegal[0]:19.3f} {illegal[1]:7.3f}")
-        print(f"In a word: {envs.describe(untuned)} -> {envs.describe(tuned)}")
+        print(f"Strategy: {envs.describe(untuned)} -> {envs.describe(tuned)}")
+        shares = f"{right_before[i]:.2f} -> {right_after[i]:.2f}"
+        print(f"How often it does what its reward asks for: {shares}")
 
 
 def write_agents(agents, folder):
@@ -465,8 +470,14 @@ def run(args, saved=None, path=None):
     with about("--out"):
         write_agents(agents, folder)
         seconds = folder.finish(summarise(args, before, after))
-    print_policies(before, after)
-    first = read_choices(args).first()  # did it learn a word?
+    first = read_choices(args).first()
+    right = []
+    for players in (before, after):
+        if opponent:
+            players = [*players, opponent.player(first)]
+        right.append(judge(args.reward[-1], agents, players, first.game, vars(args)))
+    print_policies(before, after, *right)
+    # Did it learn a word?
     swapped = agents[0].player(first._replace(actions=first.actions[::-1]))
     print("With the two action names in each other's role: " + envs.describe(swapped))
     print(f"Saved in {path} after {seconds} s.  To evaluate it:  python evaluate.py {path}")

@@ -293,8 +293,11 @@ def test_every_update_plays_one_draw_of_what_is_listed(tmp_path):
 def test_says_what_it_does_when_the_names_change_places(names, tmp_path, capsys):
     options = ["--reward", "utilitarian", "--episodes", "1280", "--actions", *names.split()]
     run_training(tmp_path / "run", *options)
-    own, other = capsys.readouterr().out.split("In a word: ")[1].splitlines()[:2]
+    own, right, other = capsys.readouterr().out.split("Strategy: ")[1].splitlines()[:3]
     assert own.endswith("-> always cooperate")
+    rows = read_metrics(tmp_path / "run")
+    before = f"{float(rows[0]['accuracy']):.2f}"  # of the untuned model: the first row's
+    assert right == f"How often it does what its reward asks for: {before} -> 1.00"
     assert other == "With the two action names in each other's role: always defect"
 
 
@@ -389,7 +392,7 @@ BAD_OPTIONS = """\
 --opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|twice; \
 --actions '' A|non-empty; --actions B moon moon7|told apart; \
 --actions '<end_of_turn>' moon|special; --actions \u4e2d moon|unknown; \
---resume nowhere|not a run folder""".split("; ")
+--resume nowhere|no folder""".split("; ")
 BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --episodes 0; \
 --episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
 --lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target \
