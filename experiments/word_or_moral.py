@@ -21,8 +21,8 @@ from errors import InputError, about, stop
 from runs import Parser, check_free, read_json, writing
 
 TITLE = "Does an agent do what its reward asks for? Probability of the right action"
-HOME = ("names of\ntraining", "names in each\nother's role")
-NEW = ("200 new\ngames", "those where\nit costs")
+HOME = ("names of\ntraining", "the same,\nexchanged")
+NEW = ("200 new\ngames", "selfish and\nmoral differ")
 COLOURS = ("#D55E00", "#FFFFFF", "#0072B2")  # the opposite, a coin, right
 OWN_RULE = {"utilitarian": "adds", "game": "selfish"}  # the reward itself, among the simple rules
 
