@@ -102,6 +102,9 @@ def plot_curves(results):
             ax.set(ylabel=label)
             if k > 1:
                 ax.set(xlabel="training episodes")
+    for ax, (low, _) in zip(axes.flat, measures.values()):
+        if np.isfinite(low):
+            ax.set_ylim(bottom=low)
     title = "Reward trained for, moral regrets and illegal answers while training"
     said = [say_seeds(results, "Mean over seeds, shaded: its 95 % interval."), *said]
     return finish(figure, title, say_trained([results]), " ".join(dict.fromkeys(said)))
