@@ -40,6 +40,11 @@ from wordings import PERSONAS
 
 TRAINING_NAMES = ["--actions", "action1", "action2"]
 AVERAGED = 10  # updates, in figure 12
+VARIED = {  # in words
+    "actions": "which name is C",
+    "layout": "the layout of the points",
+    "persona": "the sentence of values",
+}
 
 
 class Evaluation(NamedTuple):
@@ -123,7 +128,7 @@ def plot_regrets(*several, varied):
         condition = name_condition(results, varied)
         for game in results["baseline"]["games"]:
             rows[condition, game] = [group["games"][game] for group in results["groups"]]
-    title = f"Moral regret in each game, 0 (yellow) is best; what varies: {varied}"
+    title = f"Moral regret in each game, 0 (yellow) is best; what varies: {VARIED[varied]}"
     conditions = say_tested(several[0], "each game", varied)
     return plot_regret_map(several[0]["groups"], rows, title, conditions)
 
@@ -142,7 +147,7 @@ def plot_shares(*several, varied):
             draw_actions(ax, group["games"])
     for ax, group in zip(axes[0], groups):
         ax.set_title("\n".join([group["label"].replace(" then ", "\nthen "), f"n={group['n']}"]))
-    title = f"Played at test in each game: the share of each action; what varies: {varied}"
+    title = f"Played at test in each game: the share of each action; what varies: {VARIED[varied]}"
     return finish(figure, title, say_tested(several[0], "each game", varied))
 
 

@@ -140,7 +140,7 @@ def test_titles_say_what_is_tested(results):
     said = {
         "4": "against random, 5 rounds; C is action3, D is action4",
         "2b": "In training: ipd, against learner, C is action1, D is action2, wording brief",
-        "20": "what varies: actions",
+        "20": "what varies: which name is C",
         "22": "what varies: layout",
         "24": "what varies: persona",
     }
