@@ -141,8 +141,8 @@ def test_titles_say_what_is_tested(results):
         "4": "against random, 5 rounds; C is action3, D is action4",
         "2b": "In training: ipd, against learner, C is action1, D is action2, wording brief",
         "20": "what varies: which name is C",
-        "22": "what varies: layout",
-        "24": "what varies: persona",
+        "22": "what varies: the layout of the points",
+        "24": "what varies: the sentence of values",
     }
     for number, words in said.items():
         assert words in drawn(results, number).get_suptitle().replace("\n", " ")
