@@ -1,14 +1,19 @@
-"""The settings of a run: the options of train.py, and what they are by default.
+"""The settings of a run: the options of train.py, their defaults, and how a command line is read.
 
 Some defaults depend on the model and on --recipe: a preset has them, and what the command line
 gives goes before it. `--recipe quick` is EMBEDDED or OTHER. A new option is one line here; then it
 is in the settings of the run, which config.json keeps and the formulas of rewards.py are given.
 """
 
+import math
+from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import envs
 import rewards
+import runs
+from errors import InputError, about
 from runs import COUNT, NONNEGATIVE, POSITIVE, Parser, number
 
 EMBEDDED = {
@@ -164,3 +169,74 @@ def train_parser(description):
     option("--out", "the run folder [runs/REWARD-vs-OPPONENT-seedN]", type=Path)
     option("--overwrite", "replace the run folder if it exists", action="store_true")
     return parser
+
+
+def parse(argv=None, description=""):
+    """(all settings of a run, with --resume its (state, arrays), else None). Raises InputError.
+
+    argv: a list of words, by default the command line;  description: of the program, for --help
+    """
+    parser = train_parser(description)
+    given = parser.parse_args(argv)
+    if given.resume:
+        return parse_resume(parser, given)
+    if not given.reward:
+        raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
+    parser.set_defaults(**preset(given.recipe, given.model, given.opponent))
+    args = parser.parse_args(argv)  # once more, over the recipe's defaults
+    with about("--prompt"):
+        args.prompt = [envs.read_wording(word) for word in args.prompt]
+    with about("--opponent"):
+        opponent = envs.parse_opponent(args.opponent)
+        if opponent.run:
+            runs.read_config(opponent.run)
+    if Path(args.model).is_dir() and args.model != "tiny":
+        args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
+
+    # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
+    if read_choices(args).varies() or args.gamma > 0:
+        if given.until and given.until < 1:
+            raise InputError("not with --gamma, nor where games, names or texts vary", "--until")
+        args.until = 1.0
+    if any(start >= end for start, end in pairwise(phases(args))):
+        raise InputError("each of the phases needs an update of its own: raise it", "--episodes")
+    if args.out is None:
+        name = "-".join(Path(word).name for word in args.opponent)
+        args.out = Path("runs") / runs.run_name(args.reward, name, args.seed)
+    with about("--out"):
+        runs.check_out(args.out, args.overwrite)
+    return args, None
+
+
+def parse_resume(parser, given):
+    """`parse` with --resume: the settings are those of the run."""
+    changed = [key for key, value in vars(given).items() if value != parser.get_default(key)]
+    with about("--resume"):
+        if changed != ["resume"]:
+            raise InputError("it takes all settings from the run: leave other options out")
+        config, state, arrays = runs.read_state(given.resume)
+        lacking = vars(given).keys() - config.keys() - {"resume", "out", "overwrite"}
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            raise InputError(f"the run is older than these options, start it anew: {names}")
+    del config["base"], config["versions"]  # they are found out anew
+    args = Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
+    return args, (state, arrays)
+
+
+def read_choices(args):
+    """What an update's Condition is drawn from. Raises InputError."""
+    with about("--game"):
+        games = envs.parse_games(args.game)
+    with about("--actions"):
+        names = envs.action_names(args.actions)
+    return envs.Choices(game=games, actions=names, layout=args.layout, prompt=args.prompt)
+
+
+def phases(args):
+    """The update at which each phase starts, and the total: one phase per reward, equally long."""
+    starts = []
+    for i in range(len(args.reward) + 1):
+        first_episode = args.episodes * i // len(args.reward)
+        starts.append(math.ceil(first_episode / args.batch))
+    return starts

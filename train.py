@@ -15,92 +15,22 @@ Writes a run folder, see runs.py. Method: Tennant et al., Moral Alignment for LL
 import math
 import shlex
 import sys
-from argparse import Namespace
 from bisect import bisect_right
-from itertools import pairwise, product
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 from tqdm import tqdm
 
 import envs
-import options
 import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
+from options import parse, phases, read_choices
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
 PROGRESS = "reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}"
-
-
-def parse(argv=None):
-    """All settings of a run, and with --resume (state, arrays), else None. Raises InputError."""
-    parser = options.train_parser(__doc__)
-    given = parser.parse_args(argv)
-    if given.resume:
-        return parse_resume(parser, given)
-    if not given.reward:
-        raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
-    parser.set_defaults(**options.preset(given.recipe, given.model, given.opponent))
-    args = parser.parse_args(argv)  # once more, over the recipe's defaults
-    with about("--prompt"):
-        args.prompt = [envs.read_wording(word) for word in args.prompt]
-    with about("--opponent"):
-        opponent = envs.parse_opponent(args.opponent)
-        if opponent.run:
-            runs.read_config(opponent.run)
-    if Path(args.model).is_dir() and args.model != "tiny":
-        args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
-
-    # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
-    if read_choices(args).varies() or args.gamma > 0:
-        if given.until and given.until < 1:
-            raise InputError("not with --gamma, nor where games, names or texts vary", "--until")
-        args.until = 1.0
-    if any(start >= end for start, end in pairwise(phases(args))):
-        raise InputError("each of the phases needs an update of its own: raise it", "--episodes")
-    if args.out is None:
-        name = "-".join(Path(word).name for word in args.opponent)
-        args.out = Path("runs") / runs.run_name(args.reward, name, args.seed)
-    with about("--out"):
-        runs.check_out(args.out, args.overwrite)
-    return args, None
-
-
-def parse_resume(parser, given):
-    """`parse` with --resume: the settings are those of the run."""
-    changed = [key for key, value in vars(given).items() if value != parser.get_default(key)]
-    with about("--resume"):
-        if changed != ["resume"]:
-            raise InputError("it takes all settings from the run: leave other options out")
-        config, state, arrays = runs.read_state(given.resume)
-        lacking = vars(given).keys() - config.keys() - {"resume", "out", "overwrite"}
-        if lacking:
-            names = ", ".join(sorted(lacking))
-            raise InputError(f"the run is older than these options, start it anew: {names}")
-    del config["base"], config["versions"]  # they are found out anew
-    args = Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
-    return args, (state, arrays)
-
-
-def read_choices(args):
-    """What an update's Condition is drawn from. Raises InputError."""
-    with about("--game"):
-        games = envs.parse_games(args.game)
-    with about("--actions"):
-        names = envs.action_names(args.actions)
-    return envs.Choices(game=games, actions=names, layout=args.layout, prompt=args.prompt)
-
-
-def phases(args):
-    """The update at which each phase starts, and the total: one phase per reward, equally long."""
-    starts = []
-    for i in range(len(args.reward) + 1):
-        first_episode = args.episodes * i // len(args.reward)
-        starts.append(math.ceil(first_episode / args.batch))
-    return starts
 
 
 class Agent:
@@ -411,8 +341,9 @@ def print_policies(before, after, right_before, right_after):
         illegal = [np.mean(list(by_state(player, ILLEGAL).values())) for player in (untuned, tuned)]
         print(f"  P(illegal), mean{illegal[0]:19.3f} {illegal[1]:7.3f}")
         print(f"Strategy: {envs.describe(untuned)} -> {envs.describe(tuned)}")
-        shares = f"{right_before[i]:.2f} -> {right_after[i]:.2f}"
-        print(f"How often it does what its reward asks for: {shares}")
+        if not math.isnan(right_after[i]):  # there is a better action
+            shares = f"{right_before[i]:.2f} -> {right_after[i]:.2f}"
+            print(f"How often it does what its reward asks for: {shares}")
 
 
 def write_agents(agents, folder):
@@ -486,7 +417,7 @@ def run(args, saved=None, path=None):
 
 def main(argv=None):
     try:
-        args, saved = parse(argv)
+        args, saved = parse(argv, __doc__)
         with runs.processes(args.device, args.out) as path:
             run(args, saved, path)
     except InputError as error:

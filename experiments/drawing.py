@@ -41,7 +41,7 @@ STYLE = {
     "text.parse_math": False,
     "savefig.bbox": "tight",
 }
-EARLY = "A seed that stopped early keeps its last update."
+EARLY = "A run ends when it has learned; in the mean it then stays as it was."
 SWITCH = "Dashed: the reward changes."
 # What a prompt is by default: a title says where it is another one.
 USUAL = {"prompt": "structured", "layout": "original", "persona": "none"}

@@ -230,9 +230,7 @@ def plot_bars(results, panels, *title, xlabel=""):
         ax.set_xticks(range(len(leaves)), [tick.replace("-", "-\n") for tick in leaves])
         ax.set(ylabel=label, ylim=(0, panel.top))
     ax.set_xlabel(xlabel)
-    return finish(
-        figure, *title, say_seeds(results, "Whiskers: 95 % where there are several seeds")
-    )
+    return finish(figure, *title, say_seeds(results, "Whiskers: 95 % interval over seeds"))
 
 
 def say_illegal(ax, places, share):

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from errors import InputError, about
+from options import parse
 from runs import COUNT, Parser, read_config, require_same, show
-from train import parse
 
 
 def read_metrics(run):

@@ -59,14 +59,14 @@ def read_results(path):
     return at_home
 
 
-def mean_of(results, rewards, shown):
-    """The mean over runs of what `shown` returns for each: float [reward, column]; NaN: none."""
-    rows = []
-    for reward in rewards:
+def mean_of(results, rewards, shown, columns):
+    """The mean over runs of what `shown` returns for each: float [reward, column]; NaN: no run."""
+    grid = np.full((len(rewards), len(columns)), np.nan)
+    for row, reward in enumerate(rewards):
         chosen = [shown(result) for result in results if result["reward"] == reward]
-        rows.append(np.mean(np.array(chosen, dtype=float), axis=0) if chosen else None)
-    width = max(len(row) for row in rows if row is not None)
-    return np.array([np.full(width, np.nan) if row is None else row for row in rows])
+        if chosen:
+            grid[row] = np.mean(np.array(chosen, dtype=float), axis=0)
+    return grid
 
 
 def plot(results, title=TITLE):
@@ -83,8 +83,8 @@ def plot(results, title=TITLE):
     for name, chosen in (("one pair of names", fixed), ("many names", varied)):
         if chosen:
             name = f"trained with {name} (runs: {len(chosen)})"
-            panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in)))
-    panels.append(("best simple rules", NEW, mean_of(results, rewards, best_rule_in)))
+            panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in, HOME + NEW)))
+    panels.append(("best simple rules", NEW, mean_of(results, rewards, best_rule_in, NEW)))
     widths = [len(columns) for _, columns, _ in panels]
     size = (1.25 * sum(widths) + 1, 1.9 + 0.55 * len(rewards))
     ratios = {"width_ratios": widths}
@@ -100,7 +100,10 @@ def plot(results, title=TITLE):
         ax.set_yticks(range(len(rewards)), rewards)
         ax.tick_params(length=0)
     figure.suptitle(fill(title, 100), size=14)
-    figure.supxlabel("blue: what the reward asks for; white: a coin; orange: the opposite", size=11)
+    legend = (
+        "probability of what the reward asks for; blue: right, white: a coin, orange: the opposite"
+    )
+    figure.supxlabel(legend, size=11)
     return figure
 
 

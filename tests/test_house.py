@@ -23,7 +23,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "policy": "errors nf4 lora trie",
     "ppo": "errors lora",
     "runs": "errors",
-    "options": "envs rewards runs",
+    "options": "errors envs rewards runs",
     "train": "errors envs rewards lora trie policy ppo runs options",
     "evaluate": "errors envs rewards lora policy runs options",
 }
@@ -32,7 +32,7 @@ OUTSIDE = {
     "experiments": "matplotlib datasets peft trl",
     "tiny": "tokenizers",
 }
-LONGEST_FILE = 500  # lines
+LONGEST_FILE = 480  # lines
 LONGEST_FUNCTION = 60
 MOST_LOCALS = 25
 

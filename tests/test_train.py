@@ -301,6 +301,14 @@ def test_says_what_it_does_when_the_names_change_places(names, tmp_path, capsys)
     assert other == "With the two action names in each other's role: always defect"
 
 
+def test_where_either_action_will_do_nothing_is_right(tmp_path, capsys):
+    """Equal points against a random opponent: each action has the same expected reward."""
+    options = ["--reward", "equality", "--opponent", "random", "--episodes", "256"]
+    run_training(tmp_path / "run", *options)
+    printed = capsys.readouterr().out
+    assert "Strategy: " in printed and "reward asks for" not in printed and "nan" not in printed
+
+
 def test_two_learners(tmp_path):
     """Both learn tit for tat. From random first moves, it earns tit for tat 2 points a round."""
     out, reward = tmp_path / "run", "game+deontological"
