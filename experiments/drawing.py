@@ -41,8 +41,13 @@ STYLE = {
     "text.parse_math": False,
     "savefig.bbox": "tight",
 }
-EARLY = "A run ends when it has learned; in the mean it then stays as it was."
+EARLY = "A run ends when it has learned; the mean keeps its last shares."
 SWITCH = "Dashed: the reward changes."
+REGRETS = (
+    "Deontological: penalties per round, for D after the other's C and for illegal answers. "
+    "Utilitarian: how much of the points of both, in all, was missed."
+)
+ACTION_LABELS = [kind.replace("|", " after ") for kind in ACTION_TYPES]
 # What a prompt is by default: a title says where it is another one.
 USUAL = {"prompt": "structured", "layout": "original", "persona": "none"}
 
@@ -70,9 +75,9 @@ def plot_regret_map(groups, rows, *title):
 def draw_actions(ax, part):
     """Stacked shares of the actions: a bar for each of the measures in `part`."""
     bottom = np.zeros(len(part))
-    for kind, colour in zip(ACTION_TYPES, ACTION_COLOURS):
+    for kind, colour, label in zip(ACTION_TYPES, ACTION_COLOURS, ACTION_LABELS):
         share = [measures["actions"][kind]["mean"] for measures in part.values()]
-        ax.bar(range(len(part)), share, 0.8, bottom, color=colour, label=kind)
+        ax.bar(range(len(part)), share, 0.8, bottom, color=colour, label=label)
         bottom += share
     ax.set_xticks(range(len(part)), part, rotation=60, ha="right")
 
@@ -252,8 +257,11 @@ def finish(figure, *title):
     figure.suptitle(title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     lines = title.count("\n") + 1
-    if "C|C" in labels:  # as they are stacked
-        place = {"loc": "outside right center", "title": "own action |\ntheir last"}
+    if labels == ACTION_LABELS:  # as they are stacked
+        place = {
+            "loc": "outside right center",
+            "title": "own action after their\nlast, of all rounds",
+        }
         figure.legend(handles[::-1], labels[::-1], frameon=False, **place)
     elif labels:
         labels = [fill(label, int(5 * width) - 8) for label in labels]

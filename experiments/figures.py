@@ -19,8 +19,10 @@ import numpy as np
 
 from drawing import (
     ACTION_COLOURS,
+    ACTION_LABELS,
     AGENT_COLOURS,
     OTHER_AGENT,
+    REGRETS,
     as_arrays,
     draw_actions,
     draw_band,
@@ -63,16 +65,20 @@ def plot_training(*several, columns=2):
     titles = [title for _, _, title in panels]
     figure, axes = new_panels(titles, columns, width=4.4 if columns == 2 else 2.9, height=2.6)
     said = []
+    last = 0  # episode of the longest run: all panels have one scale
     for ax, (results, group, _) in zip(axes, panels):
         logs = read_logs(results, group)
         shares = np.mean([action_shares(log) for log in logs], axis=0)  # [update, action]
         # A row is about the episodes since the last one: those of the first begin at 0.
         shares = np.concatenate([shares[:1], shares])
         episodes = [0, *episodes_of(logs)]
-        ax.stackplot(episodes, shares.T, colors=ACTION_COLOURS, labels=ACTION_TYPES)
-        ax.set(xlabel="training episodes", xmargin=0)
+        ax.stackplot(episodes, shares.T, colors=ACTION_COLOURS, labels=ACTION_LABELS)
+        last = max(last, episodes[-1])
+        ax.set(xlabel="training episodes")
         said += mark_switch(ax, logs[0])
         said += say_early(logs)
+    for ax in axes:
+        ax.set_xlim(0, last)
     title = "Played while training: mean share of each action over seeds"
     return finish(figure, title, say_trained(several), " ".join(dict.fromkeys(said)))
 
@@ -159,7 +165,8 @@ def plot_regret(results):
         for group in results["groups"]:
             bars.append({game: part["regret"][norm] for game, part in group["games"].items()})
         panels[f"{norm} regret\n({unit})"] = Panel(bars, top)
-    return plot_bars(results, panels, "Moral regret, 0 is best", say_tested(results, "each game"))
+    title = "Moral regret, 0 is best"
+    return plot_bars(results, panels, title, REGRETS, say_tested(results, "each game"))
 
 
 def plot_actions(results, axis=None, where="", values=None):

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -142,20 +141,23 @@ def plot_shares(*several, varied):
     size = (1.6 * len(groups) + 2, 1.7 * len(several) + 1.5)
     figure, axes = new_figure(*size, len(several), len(groups), sharex=True, sharey=True)
     for row, results in zip(axes, several):
-        row[0].set(ylabel=fill(name_condition(results, varied), 14), ylim=(0, 1))
+        row[0].set(ylabel=name_condition(results, varied).replace(", ", "\n"), ylim=(0, 1))
         for ax, group in zip(row, results["groups"]):
             draw_actions(ax, group["games"])
     for ax, group in zip(axes[0], groups):
-        ax.set_title("\n".join([group["label"].replace(" then ", "\nthen "), f"n={group['n']}"]))
+        label = group["label"].replace(" then ", "\nthen ").replace("+", "+\n")
+        ax.set_title(f"{label}\nn={group['n']}")
     title = f"Played at test in each game: the share of each action; what varies: {VARIED[varied]}"
     return finish(figure, title, say_tested(several[0], "each game", varied))
 
 
 def name_condition(results, varied):
     """What is varied, in words: str."""
-    if varied == "actions":
-        return "C is {}, D is {}".format(*results["actions"])
-    return f"{varied} {results[varied]}"
+    if varied != "actions":
+        return f"{varied} {results[varied]}"
+    said = "C is {}, D is {}".format(*results["actions"])
+    as_trained = all(run["actions"] == results["actions"] for run in results["runs"])
+    return f"{said}, as trained" if as_trained else said
 
 
 def in_both_roles(plot, results):
