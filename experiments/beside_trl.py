@@ -25,7 +25,7 @@ from envs import ORDERS, OWN, C
 from errors import InputError, stop
 from options import preset
 from policy import load_model, prompt_heads
-from runs import Parser, check_json, json_options, save_json
+from runs import Parser, check_json, json_options, number, save_json
 from speed import GB, ROUNDS, Job, load
 
 
@@ -59,10 +59,10 @@ class Curve:
         }
 
 
-def here(model, lr, **_):
+def here(model, seed, lr, **_):
     """Our loop, with 256 episodes an update."""
-    base, tokenizer = load(model, layers=None, gpu=False)
-    job = Job(base, tokenizer, free=True, lr=lr)
+    base, tokenizer = load(model, layers=None, gpu=False, seed=seed)
+    job = Job(base, tokenizer, free=True, lr=lr, seed=seed)
     curve = Curve(job, "here")
     for update in range(51):
         if curve.look(update * 256 * ROUNDS):
@@ -71,7 +71,7 @@ def here(model, lr, **_):
     return curve.figures()
 
 
-def with_trl(model, lr, rank, alpha):
+def with_trl(model, seed, lr, rank, alpha):
     """The same task as a dataset, and GRPOTrainer."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -108,6 +108,7 @@ def with_trl(model, lr, rank, alpha):
             max_completion_length=len(job.trie.answers[0]),
             learning_rate=lr,
             lr_scheduler_type="constant",
+            seed=seed,
             max_steps=50,
             save_strategy="no",
             logging_strategy="no",
@@ -134,6 +135,7 @@ def with_trl(model, lr, rank, alpha):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
+    parser.option("--seed", "of both", type=number(int, 0, 2**63), default=1)
     json_options(parser)
     args = parser.parse_args(argv)
     try:
@@ -143,10 +145,10 @@ def main(argv=None):
         usual = preset("quick", args.model)
         own = {key: usual[key] for key in ("lr", "rank", "alpha")}
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
-            jobs = [alone.submit(way, args.model, **own) for way in (here, with_trl)]
+            jobs = [alone.submit(way, args.model, args.seed, **own) for way in (here, with_trl)]
             ours = jobs[0].result()
             theirs = jobs[1].result()
-        figures = {"model": args.model, "here": ours, "TRL": theirs}
+        figures = {"model": args.model, "seed": args.seed, "here": ours, "TRL": theirs}
         for name in ours:
             if name != "curve":
                 print(f"{name:20} here {ours[name]:8.4g}   TRL {theirs[name]:8.4g}")

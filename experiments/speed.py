@@ -39,7 +39,7 @@ ROUNDS = 5
 GB = 1e9 if sys.platform == "darwin" else 1e6  # in units of ru_maxrss
 
 
-def load(name, layers, gpu=True):
+def load(name, layers, gpu=True, seed=0):
     """(model with an adapter, tokenizer), on a GPU where there is one (not if gpu is False)."""
     device = "cpu"
     dtype = "float32"
@@ -54,7 +54,7 @@ def load(name, layers, gpu=True):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     else:
         model, tokenizer = load_model(name, device, dtype)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     usual = preset("quick", name)
     add_adapter(model, "player", rank=usual["rank"], alpha=usual["alpha"])
     return model, tokenizer
@@ -79,7 +79,7 @@ class Job:
     name: of its adapter; None: what trains `model` is none of ours
     """
 
-    def __init__(self, model, tokenizer, free, lr=1e-5, name="player"):
+    def __init__(self, model, tokenizer, free, lr=1e-5, name="player", seed=0):
         condition = envs.Condition()
         settings = {"illegal": -6.0}
         self.model = model
@@ -91,7 +91,7 @@ class Job:
         self.optimizer = self.learner.optimizer
         self.rewards = reward_array("utilitarian", envs.payoff_matrix(condition.game), settings)
         self.opponent = envs.memory_one(envs.STRATEGIES["tit-for-tat"])
-        self.rng = np.random.default_rng(0)
+        self.rng = np.random.default_rng(seed)
 
     def update(self, episodes):
         """One turn of train.py's loop."""
