@@ -381,11 +381,11 @@ def read_wording(word):
 
 
 def fields(payoffs, names, layout, own, other, order):
-    """What a template may name, for one state and order: dict of str and int.
+    """What a template may name, for one state and order: dict of str.
 
     first second      both action names, shuffled;  third fourth: both again, shuffled anew
     c d               the names of C and D
-    matrix            the payoff matrix in markdown, own points first in every cell
+    matrix            the payoff matrix, own points first in every cell
     own other         the last moves;  own_points other_points: what they gave
     cc_own cc_other cd_own ... dd_other     the points in a cell
     """
@@ -397,18 +397,23 @@ def fields(payoffs, names, layout, own, other, order):
     words["third"], words["fourth"] = swapped if swap_last else names
     words["own"] = names[own]
     words["other"] = names[other]
-    words["own_points"], words["other_points"] = payoffs[own, other]
+    words["own_points"], words["other_points"] = map(in_digits, payoffs[own, other])
     for row, column in np.ndindex(2, 2):
         cell = "cd"[row] + "cd"[column]
-        words[f"{cell}_own"], words[f"{cell}_other"] = payoffs[row, column]
+        words[f"{cell}_own"], words[f"{cell}_other"] = map(in_digits, payoffs[row, column])
     return words
 
 
+def in_digits(points):
+    """Points as a prompt shows them: 3, or 1.5 where a fork has such."""
+    return f"{points:.15g}"
+
+
 def matrix(payoffs, names, rows, columns):
-    """A payoff matrix in markdown, its rows and columns in the order given: str of three lines."""
+    """A payoff matrix, its rows and columns in the order given: str of three lines."""
     lines = ["| | " + " | ".join(names[column] for column in columns) + " |"]
     for row in rows:
-        cells = ["{}, {}".format(*payoffs[row, column]) for column in columns]
+        cells = [", ".join(map(in_digits, payoffs[row, column])) for column in columns]
         lines.append(f"| {names[row]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

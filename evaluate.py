@@ -29,7 +29,7 @@ import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
 from options import train_parser
-from runs import group_by_seed, in_brief, show
+from runs import average_groups, group_by_seed, in_brief, mean_and_interval, show
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
@@ -104,7 +104,7 @@ def measure(player, payoffs, opponent, opponent_opening, rounds, settings, rewar
     policy:   P(C | state), a mean over name orders, by STATES;  illegal: P(illegal | state)
     actions:  share of rounds, by ACTION_TYPES;  reward: mean per round in points, by REWARDS
     regret:   deontological, utilitarian; None where there is none
-    right:    how often it does what its reward asks for (`rewards.moral_accuracy`); None likewise
+    right:    how often it does what its reward asks for (`rewards.share_right`); None likewise
     """
     share = frequencies(player, opponent, rounds, opponent_opening)
     outcomes = player.shape[-1]
@@ -119,7 +119,7 @@ def measure(player, payoffs, opponent, opponent_opening, rounds, settings, rewar
     right = math.nan
     if reward:
         replies = envs.replies(opponent)
-        right = rewards.moral_accuracy(reward, player, payoffs, settings, replies)
+        right = rewards.share_right(reward, player, payoffs, settings, replies)
     return {
         "policy": by_state(player, C),
         "illegal": by_state(player, ILLEGAL),
@@ -187,7 +187,7 @@ class Players:
         with about("RUN"):
             for run in folders:
                 self.configs[run] = {**usual, **runs.read_config(run)}
-            runs.require_same(self.configs.values(), "model", "dtype", "base")
+            runs.require_same(self.configs.values(), "dtype", "base")
         from lora import base_fingerprint
         from policy import Policy, load_model
 
@@ -315,27 +315,35 @@ def evaluate(args):
     configs = [players.configs[run] for run in args.runs]
     with about("RUN"):
         runs.require_same(configs, "xi", "illegal")  # one table: one scale
+    groups = group_by_seed(configs)
     tests = list_tests(args, conditions, players)
     results = {key: getattr(args, key) for key in ASKED}
+    results["prompt"] = conditions[0].prompt  # of a file its text, as the runs have it
     results["xi"] = configs[0]["xi"]
     results["illegal"] = configs[0]["illegal"]
     results["sampling"] = args.sampling or configs[0]["sampling"]
 
     with tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None) as bar:
-        # The untuned model has no settings of its own.
-        results["baseline"] = test_agent(None, configs[0], args, opponent, tests, players, bar)
-        results["runs"] = []
+        # The untuned model has no settings and no side of its own: those of the first run.
+        side = players.side(args.runs[0])
+        baseline = test_agent(None, side, configs[0], args, opponent, tests, players, bar)
+        measured = []
         for run, config in zip(args.runs, configs):
-            shown = {"run": str(run), **{key: config[key] for key in SHOWN}}
-            measures = test_agent(run, config, args, opponent, tests, players, bar)
-            results["runs"].append({**shown, **measures})
-    results["groups"] = group_by_seed(results["baseline"], results["runs"], configs)
+            side = players.side(run)
+            measured.append(test_agent(run, side, config, args, opponent, tests, players, bar))
+    results["baseline"] = baseline
+    results["runs"] = []
+    for run, config, measures in zip(args.runs, configs, measured):
+        shown = {key: config[key] for key in SHOWN}
+        results["runs"].append({"run": str(run), **shown, **measures})
+    untuned = {"label": "untuned", "name": "untuned", "reward": "untuned", "n": 1, "runs": []}
+    untuned.update(mean_and_interval([baseline]))
+    results["groups"] = [untuned, *average_groups(groups, measured)]
     return results
 
 
-def test_agent(run, settings, args, opponent, tests, players, bar):
+def test_agent(run, side, settings, args, opponent, tests, players, bar):
     """What `measure` returns of the agent of a run (None: untuned) in each test: nested dicts."""
-    side = players.side(run)
     result = {}
     for path, condition in tests:
         other = opponent.player(condition) if opponent.strategy else None
@@ -407,7 +415,7 @@ def print_head(results):
     """Print what was asked, and what of it training did not show."""
     asked = []
     for key in ("layout", "prompt", "persona", "rounds", "sampling", "xi", "illegal"):
-        asked.append(f"{key} {results[key]}")
+        asked.append(f"{key} {in_brief(results[key])}")
     opponent = " ".join(results["opponent"])
     names = " ".join(results["actions"])
     print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")

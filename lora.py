@@ -8,8 +8,8 @@ the base model back at any time: that is the reference of the KL penalty, withou
 copy of the weights. Several named adapters can share one base; at most one of them is active.
 
     >>> add_adapter(model, "player", rank=8, alpha=16)
-    >>> with adapter(model, "player"): logits = model(ids).logits
-    >>> with adapter(model, None): reference_logits = model(ids).logits
+    >>> with active_adapter(model, "player"): logits = model(ids).logits
+    >>> with active_adapter(model, None): reference_logits = model(ids).logits
     >>> save_adapter(model, "player", "runs/x")    # PEFT and vLLM can read it
 """
 
@@ -166,7 +166,7 @@ def adapter_parameters(model, name):
 
 
 @contextmanager
-def adapter(model, name):
+def active_adapter(model, name):
     """Run the model with adapter `name` in this block, or with none of them (None: the base)."""
     layers = list(lora_layers(model).values())
     if name is not None and not any(name in layer.A for layer in layers):

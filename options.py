@@ -6,6 +6,7 @@ is in the settings of the run, which config.json keeps and the formulas of rewar
 """
 
 import math
+import sys
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +128,7 @@ def train_parser(description):
     fraction = number(float, 0, 1)
     until = number(float, 0, 1, above=True)
     penalty = number(float, 0, envs.MAX_POINTS)
-    points = number(float, -envs.MAX_POINTS, envs.MAX_POINTS)
+    points = number(float, -envs.MAX_POINTS, 0)
     sampling = "constrained: one of the two names; free: any text, illegal if it begins with none"
     names = f"of C and D; of more, or of random ({len(envs.NAMES)}), every update draws two"
     wording = f"{', '.join(envs.TEMPLATES)}, or a text file with {{first}} and {{second}}"
@@ -179,7 +180,7 @@ def parse(argv=None, description=""):
     parser = train_parser(description)
     given = parser.parse_args(argv)
     if given.resume:
-        return parse_resume(parser, given)
+        return parse_resume(given, sys.argv[1:] if argv is None else argv)
     if not given.reward:
         raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
     parser.set_defaults(**preset(given.recipe, given.model, given.opponent))
@@ -193,12 +194,17 @@ def parse(argv=None, description=""):
     if Path(args.model).is_dir() and args.model != "tiny":
         args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
 
-    # One update's accuracy does not tell what is learned where conditions are drawn or gamma > 0.
+    # One update does not tell what is learned where conditions are drawn or gamma > 0.
     if read_choices(args).varies() or args.gamma > 0:
         if given.until and given.until < 1:
             raise InputError("not with --gamma, nor where games, names or texts vary", "--until")
         args.until = 1.0
-    if any(start >= end for start, end in pairwise(phases(args))):
+    if args.batch * args.rounds < 2:
+        raise InputError(
+            "an update learns from two rounds at least: raise one of them", "--batch, --rounds"
+        )
+    starts, total = phases(args)
+    if any(start >= end for start, end in pairwise([*starts, total])):
         raise InputError("each of the phases needs an update of its own: raise it", "--episodes")
     if args.out is None:
         name = "-".join(Path(word).name for word in args.opponent)
@@ -208,11 +214,11 @@ def parse(argv=None, description=""):
     return args, None
 
 
-def parse_resume(parser, given):
-    """`parse` with --resume: the settings are those of the run."""
-    changed = [key for key, value in vars(given).items() if value != parser.get_default(key)]
+def parse_resume(given, words):
+    """`parse` with --resume: the settings are those of the run. words: of the command line."""
+    others = [word for word in words if word.startswith("--") and not word.startswith("--resume")]
     with about("--resume"):
-        if changed != ["resume"]:
+        if others:
             raise InputError("it takes all settings from the run: leave other options out")
         config, state, arrays = runs.read_state(given.resume)
         lacking = vars(given).keys() - config.keys() - {"resume", "out", "overwrite"}
@@ -234,9 +240,9 @@ def read_choices(args):
 
 
 def phases(args):
-    """The update at which each phase starts, and the total: one phase per reward, equally long."""
+    """(the update at which each phase starts, the total): one phase per reward, equally long."""
     starts = []
-    for i in range(len(args.reward) + 1):
+    for i in range(len(args.reward)):
         first_episode = args.episodes * i // len(args.reward)
         starts.append(math.ceil(first_episode / args.batch))
-    return starts
+    return starts, math.ceil(args.episodes / args.batch)

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lora
 from errors import InputError
-from lora import adapter
+from lora import active_adapter
 from nf4 import quantise_layers
 from trie import Trie
 
@@ -270,7 +270,8 @@ class Policy:
         division of the logits, here.
         Raises InputError if a number is not finite.
         """
-        with adapter(self.model, None if reference else self.name), torch.set_grad_enabled(graph):
+        name = None if reference else self.name
+        with active_adapter(self.model, name), torch.set_grad_enabled(graph):
             logits, hidden = self.read(trie)
             log_probs = answer_log_probs(trie, logits, self.free)
             values = self.value_head(hidden)
@@ -280,7 +281,7 @@ class Policy:
                 reason = "the model's own probabilities are not finite: train with --dtype float32"
                 raise InputError(reason, "--model")
             self.reference(trie)  # it may be the base that is not finite
-            raise InputError("the policy is no longer finite: start again with a lower --lr")
+            raise InputError("the policy is no longer finite: start again with a lower one", "--lr")
         return table[:, :-1], table[:, -1]
 
     def read(self, trie):
@@ -303,18 +304,6 @@ class Policy:
     def probabilities(self, trie):
         """What it answers: float64 numpy [P, K]."""
         return self(trie, graph=False)[0].double().exp().numpy()
-
-    def sum_gradients(self):
-        """Sum the gradients of all processes, each of its own rows. Returns the norm, a float."""
-        for parameter in self.parameters():
-            if parameter.grad is None:  # of a layer that did not run
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters()]
-        if distributed.is_initialized():
-            vector = torch.nn.utils.parameters_to_vector(gradients)
-            distributed.all_reduce(vector)
-            torch.nn.utils.vector_to_parameters(vector, gradients)
-        return torch.nn.utils.get_total_norm(gradients).item()
 
     def save(self, folder):
         """Write the adapter, in PEFT's layout, and value_head.safetensors."""
@@ -385,24 +374,25 @@ def check_runs(model, trie):
 
 @torch.no_grad()
 def check_causal(policy, trie):
-    """Raise InputError if a plain forward pass over prompt and answer disagrees with the table.
+    """Raise InputError if a plain forward pass over prompt and answer disagrees with the trie's.
 
     The adapter is on in both, so that it has run once before anything is written.
     """
-    table, _ = policy(trie, graph=False)
     # The prompt that is packed last. Its nodes are not next to each other, so a model that ignores
     # positions or mask is found out.
     row = max(trie.rows, key=trie.prompts.__getitem__)
     prompt = trie.prompts[row]
     answer = trie.answers[-1]
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=policy.model.device)
-    with adapter(policy.model, policy.name):
-        logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
-    expected = 0.0
-    for scores, (q, token) in zip(logits[len(prompt) - 1 :], trie.paths[-1]):
-        shared = scores if policy.free else scores[trie.children[q]]
-        expected += (scores[token] - torch.logsumexp(shared, dim=-1)).item()
-    difference = abs(table[row, len(trie.paths) - 1].item() - expected)
-    if difference > (0.01 if policy.model.dtype == torch.float32 else 0.5):
+    with active_adapter(policy.model, policy.name):
+        packed, _ = policy.read(trie)
+        plain = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+    difference = 0.0  # of the answer's log-probability
+    for scores, (q, token) in zip(plain[len(prompt) - 1 :], trie.paths[-1]):
+        log_probs = packed[trie.rows.index(row), q].log_softmax(dim=-1)
+        difference += (log_probs - scores.log_softmax(dim=-1))[token].item()
+    if abs(difference) > (0.01 if policy.model.dtype == torch.float32 else 0.5):
         rule = "it must be a causal decoder that takes the positions and the mask that it is given"
-        raise InputError(f"its answers differ by {difference:.2g} nats from plain ones: {rule}")
+        raise InputError(
+            f"its answers differ by {abs(difference):.2g} nats from plain ones: {rule}"
+        )

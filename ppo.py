@@ -12,9 +12,10 @@ lambda run over the rounds of an episode instead of over tokens.
 import math
 
 import torch
+from torch import distributed
 
 from errors import InputError
-from lora import adapter
+from lora import active_adapter
 
 # The paper's values, or where it names none the defaults of TRL.
 CLIP = 0.2  # of the ratio and of the value
@@ -78,12 +79,26 @@ def whiten(x):
     return (x - x.mean()) / (x.std(unbiased=False) + 1e-8)
 
 
+def sum_gradients(parameters):
+    """Sum the gradients of all processes, each of its own rows. Returns them, a list of tensors."""
+    for parameter in parameters:
+        if parameter.grad is None:  # of a layer that did not run
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    if distributed.is_initialized():
+        vector = torch.nn.utils.parameters_to_vector(gradients)
+        distributed.all_reduce(vector)
+        torch.nn.utils.vector_to_parameters(vector, gradients)
+    return gradients
+
+
 class Learner:
     """A policy that learns, and what changes in training besides its weights.
 
     lr:        Adam's learning rate;  epochs: optimizer steps per update
     kl_coef:   beta at the start;  kl_target: to which it adapts, in nats per sample; 0: fixed
     gamma:     discount per round
+    The policy's adapter is in place already: one that is loaded later would not be trained.
     kl_coef and kl_target are the paper's by default; gamma is 0: each round is its own sample.
     """
 
@@ -99,6 +114,11 @@ class Learner:
         self.skipped = 0  # updates that broke off at a number that is not finite
         self.skipped_in_a_row = 0
 
+    def check_adapter(self):
+        """Raise RuntimeError if the policy has got another adapter meanwhile."""
+        if self.policy.parameters()[0] is not self.parameters[0]:
+            raise RuntimeError("the policy's adapter was replaced: make a new Learner of it")
+
     def set_lr(self, lr):
         """Change Adam's learning rate."""
         self.optimizer.param_groups[0]["lr"] = lr
@@ -111,6 +131,7 @@ class Learner:
                 the first epoch needs no pass of its own
         row, action, reward: arrays [episode, round]: rows of the table, answers to them, points
         """
+        self.check_adapter()
         row = torch.from_numpy(row)
         action = torch.from_numpy(action)
         reward = torch.from_numpy(reward.astype(float))
@@ -143,15 +164,14 @@ class Learner:
             # Value loss (Schulman, eq. 9), clipped around the old value, as in TRL.
             value = values[row]
             clipped_value = value.clamp(old_value - CLIP, old_value + CLIP)
-            value_loss = (
-                0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
-            )
+            errors = torch.max((value - target) ** 2, (clipped_value - target) ** 2)
+            value_loss = 0.5 * errors.mean()
 
             # Gradient, with the adapter active: checkpointed layers run again in the backward pass.
             self.optimizer.zero_grad()
-            with adapter(self.policy.model, self.policy.name):
+            with active_adapter(self.policy.model, self.policy.name):
                 (policy_loss + VF_COEF * value_loss).backward()
-            norm = self.policy.sum_gradients()
+            norm = torch.nn.utils.get_total_norm(sum_gradients(self.parameters)).item()
 
             # Step: not if a number is not finite, nor far from the policy that played.
             finite = math.isfinite(policy_loss.item() + value_loss.item() + norm)
@@ -195,7 +215,7 @@ class Learner:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row == MAX_SKIPPED:
                 raise InputError(
-                    f"{MAX_SKIPPED} updates in a row were not finite: try a lower --lr"
+                    f"{MAX_SKIPPED} updates in a row were not finite: lower it", "--lr"
                 )
             return
         self.skipped_in_a_row = 0

@@ -124,7 +124,7 @@ def optimum(reward, payoffs, settings, replies=0.5):
     return best
 
 
-def moral_accuracy(reward, player, payoffs, settings, replies=0.5):
+def share_right(reward, player, payoffs, settings, replies=0.5):
     """How often a player does what its reward asks for: the mean probability of the better action.
 
     player:  [state, order, outcome]; an illegal answer is never the better one

@@ -3,7 +3,7 @@
 A run folder holds
 
     config.json         all settings and versions
-    metrics.csv         a row per update
+    metrics.csv         a row per update; its columns are below
     state.safetensors   while training: all that --resume needs, its JSON in the file's metadata
     adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json, and for a
     learning opponent opponent/: when training has finished
@@ -12,6 +12,17 @@ The folder is begun after the first update: what fails before leaves nothing beh
 saved as soon as an update has finite numbers; from then on a run without result.json can be
 resumed. JSON files and the state are written to a second file that is then renamed, so a run may be
 killed at any moment.
+
+The columns of metrics.csv, those of a learning opponent with opponent_ before them:
+
+    update, episodes    how many there were, this update included
+    phase               the reward that was trained for
+    game, actions, layout, prompt   what was played; `shlex.split` reads the two names back
+    reward, ..._regret  what was played: the mean reward of a round, and both moral regrets
+    right               how often the policy *before* this update does what the reward asks for
+    p_C_after_CC ...    P(C | state) of the policy before this update
+    count_C_after_C ... how often an action was played after the other's last move
+    the others          see `Learner.report` in ppo.py
 """
 
 import argparse
@@ -235,7 +246,7 @@ class RunFolder:
         for key, value in settings.items():
             if key not in ("resume", "out", "overwrite"):
                 self.settings[key] = str(value) if isinstance(value, Path) else value
-        self.begun = False
+        self.columns = []  # of metrics.csv; empty as long as nothing is written
         self.started = time.perf_counter()
         self.last_save = -math.inf
 
@@ -268,20 +279,27 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         replace(self.path / "metrics.csv", kept.getvalue().encode())
-        self.begun = True
+        self.columns = rows[0]
 
     def log(self, row):
-        """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header."""
-        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        if not self.begun:
+        """Add a dict of numbers and strings to metrics.csv; the first one's keys are the header.
+
+        Raises ValueError if a later one has other keys, or in another order.
+        """
+        columns = list(row)
+        is_first = not self.columns
+        if is_first:
             self.begin()
+        elif columns != self.columns:
+            raise ValueError(f"metrics.csv has the columns {self.columns}, this row {columns}")
+        shown = [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
         path = self.path / "metrics.csv"
         with writing(path), open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, shown, lineterminator="\n")
-            if not self.begun:
-                writer.writeheader()
+            writer = csv.writer(file, lineterminator="\n")
+            if is_first:
+                writer.writerow(columns)
             writer.writerow(shown)
-        self.begun = True
+        self.columns = columns
 
     def is_due(self, interval):
         """Whether the last state was saved so many seconds ago, or none was."""
@@ -330,12 +348,11 @@ def mean_and_interval(values):
     return {"mean": mean, "ci95": t * float(np.std(values, ddof=1)) / math.sqrt(n)}
 
 
-def group_by_seed(baseline, agents, configs):
-    """The untuned model, then the agents, grouped over seeds: a list of dicts.
+def group_by_seed(configs):
+    """Runs that differ only by their seed, given the settings of each: a list of dicts.
 
-    Each has label, name, reward, n, runs, and the parts of `baseline` with a mean and an interval
-    at each leaf.
-    baseline, agents: equally nested dicts of figures;  configs: the settings of the agents' runs
+    label, name: in words, the name with the number of seeds;  reward: of the last phase
+    n: how many runs;  runs: their indices
     Raises InputError if a seed comes twice in a group.
     """
     members = {}  # settings as JSON -> indices of the runs that have them
@@ -343,9 +360,7 @@ def group_by_seed(baseline, agents, configs):
         kept = {key: value for key, value in config.items() if key not in IGNORED}
         members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
     settings = [json.loads(key) for key in members]
-    groups = [{"label": "untuned", "name": "untuned", "reward": "untuned", "n": 1, "runs": []}]
-    for part in baseline:
-        groups[0][part] = mean_and_interval([baseline[part]])
+    groups = []
     for group_settings, indices in zip(settings, members.values()):
         title = label(group_settings, settings)
         seeds = [configs[i]["seed"] for i in indices]
@@ -358,10 +373,19 @@ def group_by_seed(baseline, agents, configs):
             "n": len(seeds),
             "runs": indices,
         }
-        for part in baseline:
-            group[part] = mean_and_interval([agents[i][part] for i in indices])
         groups.append(group)
     return groups
+
+
+def average_groups(groups, agents):
+    """The groups of `group_by_seed`, with what was measured of their runs.
+
+    agents: of each run, equally nested dicts of figures; a mean and an interval stand at each leaf
+    """
+    averaged = []
+    for group in groups:
+        averaged.append({**group, **mean_and_interval([agents[i] for i in group["runs"]])})
+    return averaged
 
 
 def label(settings, all_settings):

@@ -30,7 +30,7 @@ from options import parse, phases, read_choices
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
-PROGRESS = "reward {reward:+.2f}  accuracy {accuracy:.2f}  KL {kl:.3f}  skipped {skipped}"
+PROGRESS = "reward {reward:+.2f}  right {right:.2f}  KL {kl:.3f}  skipped {skipped}"
 
 
 class Agent:
@@ -47,7 +47,7 @@ class Agent:
         self.policy = policy
         self.side = side
         self.learner = learner
-        self.players = {}
+        self.known = {}  # Condition -> what it plays, if it does not learn
 
     def trie(self, condition):
         """The packed prompts of a Condition, as this side reads them. Raises InputError."""
@@ -56,11 +56,11 @@ class Agent:
 
     def player(self, condition):
         """What it plays in a Condition: [state, order, outcome]."""
-        if condition in self.players:
-            return self.players[condition]
+        if condition in self.known:
+            return self.known[condition]
         player = as_player(self.policy.probabilities(self.trie(condition)))
         if self.learner is None:
-            self.players[condition] = player
+            self.known[condition] = player
         return player
 
 
@@ -70,8 +70,8 @@ def setup(args, saved=None):
     saved: (state, arrays) of an interrupted run
     What can be wrong with the input is found here, before anything is written: InputError.
     Returns (agents: those that learn, the player first;
-             opponent: whom the player meets if it does not learn, an object with
-             `player(condition)` and `opening`; None if it learns;
+             opponent: whom the player meets, an object with `player(condition)` and `opening`; it
+             is one of the agents if it learns;
              base: what config.json holds of the model and the versions)
     """
     import torch
@@ -85,7 +85,7 @@ def setup(args, saved=None):
     with about("--model"):
         model, tokenizer = load_model(args.model, args.device, args.dtype, args.checkpointing)
     base = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
-    tries = pack_prompts(args, model, tokenizer)
+    tries = check_prompts(args, model, tokenizer)
 
     agents = [new_agent(args, model, tokenizer, "player", side=0)]
     if args.init and not args.resume:  # a saved state has all of it
@@ -93,10 +93,11 @@ def setup(args, saved=None):
             same = {**base, "rank": args.rank, "alpha": args.alpha}
             runs.require_same([same, runs.read_config(args.init)], *same)
             agents[0].policy.load(args.init, value_head=True)
-    opponent = envs.parse_opponent(args.opponent)
+    with about("--opponent"):
+        opponent = envs.parse_opponent(args.opponent)
     if opponent.learns:
-        agents.append(new_agent(args, model, tokenizer, "opponent", side=1))
-        opponent = None
+        opponent = new_agent(args, model, tokenizer, "opponent", side=1)
+        agents.append(opponent)
     elif opponent.run:
         opponent = load_opponent(opponent.run, base, model, tokenizer)
     with about("--model"):
@@ -114,8 +115,11 @@ def setup(args, saved=None):
     return agents, opponent, base
 
 
-def pack_prompts(args, model, tokenizer):
-    """The Tries of the first game in all layouts and wordings, a list. Raises InputError."""
+def check_prompts(args, model, tokenizer):
+    """Raise InputError unless the model can read the first game in all layouts and wordings.
+
+    All names can be told apart, too. Returns the packed prompts, a list of Tries.
+    """
     from policy import check_runs, encode
     from trie import Trie
 
@@ -169,17 +173,17 @@ def load_opponent(run, base, model, tokenizer):
 
 
 def judge(reward, agents, players, game, settings):
-    """How good the agents are: `moral_accuracy` of each, NaN where no action is better.
+    """How often each agent does what the reward asks for; NaN where no action is better.
 
     players: both sides, [state, order, outcome] each
     """
-    accuracies = []
+    right = []
     for agent in agents:
         player = players[agent.side]
         payoffs = envs.payoff_matrix(game, agent.side)
         replies = envs.replies(players[1 - agent.side])
-        accuracies.append(rewards.moral_accuracy(reward, player, payoffs, settings, replies))
-    return accuracies
+        right.append(rewards.share_right(reward, player, payoffs, settings, replies))
+    return right
 
 
 def train(args, agents, opponent, folder, state):
@@ -195,10 +199,11 @@ def train(args, agents, opponent, folder, state):
         rng.bit_generator.state = state["rng"]
     choices = read_choices(args)
     before = state.get("before") or [agent.player(choices.first()).tolist() for agent in agents]
-    *starts, total = phases(args)
+    starts, total = phases(args)
     progress = progress_bar(state.get("updates", 0), total)
     for update in progress:
-        reward = args.reward[bisect_right(starts, update) - 1]
+        phase = bisect_right(starts, update) - 1
+        reward = args.reward[phase]
         episodes = min(args.batch, args.episodes - update * args.batch)
         anneal(args, agents, choices, update, total)
 
@@ -208,35 +213,33 @@ def train(args, agents, opponent, folder, state):
         # Act: one forward pass gives an agent's answers to all prompts.
         tries, tables = act(agents, condition)
         players = [as_player(np.exp(table[0].detach().double().numpy())) for table in tables]
-        if opponent:
+        if opponent not in agents:
             players.append(opponent.player(condition))
 
         # How good are they by now? Exact, from the probabilities, not from what is played. Training
         # stops early only in the last phase, after one update of it.
-        accuracies = judge(reward, agents, players, condition.game, vars(args))
-        known = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+        right = judge(reward, agents, players, condition.game, vars(args))
+        known = [share for share in right if not math.isnan(share)]
         if known and min(known) > args.until and update > starts[-1]:
             progress.close()
             print(f"Learned after {update} of {total} updates.")
             break
 
         # Play all episodes at once by indexing these probabilities.
-        opening = opponent.opening if opponent else 0.5
-        seen = envs.play(rng, *players, episodes, args.rounds, opening)
+        seen = envs.play(rng, *players, episodes, args.rounds, opponent.opening)
 
         # Learn: look up what each round was worth, by the moral formula; then PPO on these rounds.
-        row = describe_update(update, update * args.batch + episodes, reward, condition)
+        record = describe_update(update, update * args.batch + episodes, reward, condition)
         for agent in agents:
             log = learn(agent, tries, tables, seen, reward, condition.game, vars(args))
-            log["accuracy"] = accuracies[agent.side]
-            add_columns(row, log, players[agent.side], agent.side)
+            log["right"] = right[agent.side]
+            add_columns(record, log, players[agent.side], agent.side)
         tables.clear()  # their graphs hold memory that the next pass needs
-        progress.set_postfix_str(PROGRESS.format_map(row), refresh=False)
+        progress.set_postfix_str(PROGRESS.format_map(record), refresh=False)
         with about("--out"):
-            folder.log(row)
+            folder.log(record)
             save(args, agents, folder, updates=update + 1, rng=rng, before=before)
-    with about("--lr"):  # the last update may have been one too far
-        after = [agent.player(choices.first()) for agent in agents]
+    after = [agent.player(choices.first()) for agent in agents]
     return [np.array(player) for player in before], after
 
 
@@ -265,8 +268,7 @@ def act(agents, condition):
     Only the player's table keeps its graph: two graphs would take twice the memory.
     """
     tries = [agent.trie(condition) for agent in agents]
-    with about("--lr"):
-        tables = [agent.policy(tries[agent.side], graph=agent.side == 0) for agent in agents]
+    tables = [agent.policy(tries[agent.side], graph=agent.side == 0) for agent in agents]
     return tries, tables
 
 
@@ -283,10 +285,8 @@ def learn(agent, tries, tables, seen, reward, game, settings):
     log = {"reward": points.mean()}
     trie = tries[agent.side]
     table = tables[agent.side]
-    with about("--lr"):
-        log.update(
-            agent.learner.update(trie, table, row=mine.row, action=mine.action, reward=points)
-        )
+    stats = agent.learner.update(trie, table, row=mine.row, action=mine.action, reward=points)
+    log.update(stats)
     for kind, count in envs.action_counts(mine).items():
         log[envs.count_column(kind)] = count
     log.update(rewards.moral_regrets(mine.state, mine.action, theirs.move, payoffs, settings))
@@ -294,7 +294,7 @@ def learn(agent, tries, tables, seen, reward, game, settings):
 
 
 def describe_update(update, episodes, reward, condition):
-    """The first columns of an update's row; `shlex.split` reads the two action names back."""
+    """The first columns of an update's record: dict."""
     return {
         "update": update + 1,
         "episodes": episodes,
@@ -306,13 +306,13 @@ def describe_update(update, episodes, reward, condition):
     }
 
 
-def add_columns(row, log, player, side):
-    """Add an agent's log, and its P(C) in each state, to the row of an update."""
+def add_columns(record, log, player, side):
+    """Add an agent's log, and its P(C) in each state, to the record of an update."""
     prefix = "opponent_" if side == 1 else ""
     for key, value in log.items():
-        row[f"{prefix}{key}"] = value
+        record[f"{prefix}{key}"] = value
     for state, p in by_state(player, C).items():
-        row[f"{prefix}p_C_after_{state}"] = p
+        record[f"{prefix}p_C_after_{state}"] = p
 
 
 def save(args, agents, folder, updates, rng, before):
@@ -332,15 +332,15 @@ def print_policies(before, after, right_before, right_after):
     right_before, right_after: what `judge` returns of them
     """
     titles = ("P(C | own last, their last)", "The opponent's")
-    for i, (title, untuned, tuned) in enumerate(zip(titles, before, after)):
+    for i, (title, first, last) in enumerate(zip(titles, before, after)):
         print(f"\n{title:30}{'before':>7} {'after':>7}")
-        p_before = by_state(untuned, C)
-        p_after = by_state(tuned, C)
+        p_before = by_state(first, C)
+        p_after = by_state(last, C)
         for state in STATES:
             print(f"  P(C | {state}){p_before[state]:25.3f} {p_after[state]:7.3f}")
-        illegal = [np.mean(list(by_state(player, ILLEGAL).values())) for player in (untuned, tuned)]
+        illegal = [np.mean(list(by_state(player, ILLEGAL).values())) for player in (first, last)]
         print(f"  P(illegal), mean{illegal[0]:19.3f} {illegal[1]:7.3f}")
-        print(f"Strategy: {envs.describe(untuned)} -> {envs.describe(tuned)}")
+        print(f"Strategy: {envs.describe(first)} -> {envs.describe(last)}")
         if not math.isnan(right_after[i]):  # there is a better action
             shares = f"{right_before[i]:.2f} -> {right_after[i]:.2f}"
             print(f"How often it does what its reward asks for: {shares}")
@@ -360,11 +360,11 @@ def write_agents(agents, folder):
 def summarise(args, before, after):
     """What result.json holds: the settings that tell runs apart, and the policies by state."""
     result = {"reward": args.reward, "opponent": " ".join(args.opponent), "seed": args.seed}
-    for side, untuned, tuned in zip(("", "opponent_"), before, after):
-        result[f"{side}policy_before"] = by_state(untuned, C)
-        result[f"{side}policy_after"] = by_state(tuned, C)
-        result[f"{side}illegal_before"] = by_state(untuned, ILLEGAL)
-        result[f"{side}illegal_after"] = by_state(tuned, ILLEGAL)
+    for side, first, last in zip(("", "opponent_"), before, after):
+        result[f"{side}policy_before"] = by_state(first, C)
+        result[f"{side}policy_after"] = by_state(last, C)
+        result[f"{side}illegal_before"] = by_state(first, ILLEGAL)
+        result[f"{side}illegal_after"] = by_state(last, ILLEGAL)
     return result
 
 
@@ -391,7 +391,7 @@ def run(args, saved=None, path=None):
                 folder.resume(args.resume, state)
         before, after = train(args, agents, opponent, folder, state)
     except KeyboardInterrupt:
-        of_this_run = args.resume or (folder and folder.begun)
+        of_this_run = args.resume or (folder and folder.columns)
         if of_this_run and (path / runs.STATE).exists():
             print(f"Stopped; to continue:  python train.py --resume {path}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -404,7 +404,7 @@ def run(args, saved=None, path=None):
     first = read_choices(args).first()
     right = []
     for players in (before, after):
-        if opponent:
+        if opponent not in agents:
             players = [*players, opponent.player(first)]
         right.append(judge(args.reward[-1], agents, players, first.game, vars(args)))
     print_policies(before, after, *right)

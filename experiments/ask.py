@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from envs import ORDERS, STATES, C, D, build_prompts
 from errors import InputError, stop
 from evaluate import evaluate_parser, prepare
-from lora import adapter
+from lora import active_adapter
 from policy import write_chats
 from runs import number, save_json
 from trie import Trie
@@ -60,7 +60,7 @@ def ask(players, run, condition, sampling, seed):
     rng = np.random.default_rng(seed)
     questions = rng.choice(QUESTIONS, len(STATES)).tolist()
     torch.manual_seed(seed)
-    with adapter(model, "agent" if run else None):
+    with active_adapter(model, "agent" if run else None):
         if free:
             said = generate(model, tokenizer, prompts, ends, length)
         else:

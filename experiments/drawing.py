@@ -171,7 +171,7 @@ def say_prompt(results, varied=None):
     said = []
     for key, usual in USUAL.items():
         if key != varied and results[key] != usual:
-            said.append(f"{'wording' if key == 'prompt' else key} {results[key]}")
+            said.append(f"{'wording' if key == 'prompt' else key} {in_brief(results[key])}")
     return said
 
 

@@ -19,8 +19,8 @@ import torch
 from envs import ILLEGAL, Condition, action_names
 from errors import InputError, stop
 from evaluate import Players
-from lora import adapter
-from runs import Parser, check_json, group_by_seed, json_options, save_json, show
+from lora import active_adapter
+from runs import Parser, average_groups, check_json, group_by_seed, json_options, save_json, show
 
 PROSE = Path(__file__).resolve().parent / "prose.txt"
 TOKENS = 256
@@ -66,7 +66,7 @@ def compare_on_prose(players, run):
 @torch.no_grad()
 def next_token_log_probs(model, ids, name):
     """Of each next token of a text: float64 [token - 1, vocabulary]; name: of the adapter."""
-    with adapter(model, name):
+    with active_adapter(model, name):
         logits = model(ids[None].to(model.device)).logits[0, :-1]
     return logits.cpu().double().log_softmax(-1)
 
@@ -90,9 +90,10 @@ def main(argv=None):
         args = parser.parse_args(argv)
         check_json(args)
         players = Players(args.runs)
-        runs = [{"run": str(run), "drift": measure_drift(players, run)} for run in args.runs]
-        configs = [players.configs[run] for run in args.runs]
-        _, *groups = group_by_seed({"drift": {}}, runs, configs)
+        groups = group_by_seed([players.configs[run] for run in args.runs])
+        measured = [{"drift": measure_drift(players, run)} for run in args.runs]
+        groups = average_groups(groups, measured)
+        runs = [{"run": str(run), **measures} for run, measures in zip(args.runs, measured)]
         save_json(args, {"runs": runs, "groups": groups})
         for group in groups:
             print(f"\n{group['name']}")

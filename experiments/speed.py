@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 import envs
 from errors import InputError, about, stop
-from lora import adapter, add_adapter
+from lora import active_adapter, add_adapter
 from options import preset
 from policy import Policy, load_model
 from ppo import Learner
@@ -109,7 +109,7 @@ class Job:
         """The frozen model on the same trie, forward and backward."""
         inputs = dict(self.inputs)
         embedded = self.model.get_input_embeddings()(inputs.pop("input_ids"))
-        with adapter(self.model, None):
+        with active_adapter(self.model, None):
             logits = self.model(inputs_embeds=embedded.detach().requires_grad_(), **inputs).logits
         logits.float().logsumexp(-1).sum().backward()
 
@@ -122,7 +122,7 @@ class Job:
     def plain_pass(self, inputs):
         """The same over plain sequences, the output head on the last position."""
         self.optimizer.zero_grad()
-        with adapter(self.model, "player"):
+        with active_adapter(self.model, "player"):
             logits = self.model(**inputs, logits_to_keep=1).logits
         logits.float().log_softmax(-1)[:, 0, :2].sum().backward()
 

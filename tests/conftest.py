@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from envs import as_player, build_prompts
-from lora import adapter, adapter_parameters, add_adapter
+from lora import active_adapter, adapter_parameters, add_adapter
 from policy import Policy
 from trie import Trie
 
@@ -133,7 +133,7 @@ def plain_passes(policy, texts, answers, reference=False):
     model = policy.model
     body = model.base_model if model.base_model is not model else model.model
     log_probs, values = [], []
-    with adapter(model, None if reference else policy.name):
+    with active_adapter(model, None if reference else policy.name):
         for text in texts:
             row = []
             for answer in answers:

@@ -143,6 +143,12 @@ def test_sixteen_prompts():
     assert len(starts) == len(ends) == 2  # the two shuffles are independent of each other
 
 
+def test_points_are_shown_as_they_are_written():
+    texts = build_prompts(Condition(game=((1.5, 3), (0, 1000000), (4, 0), (-1, 0.1))))
+    assert "| action1 | 1.5, 3 | 0, 1000000 |\n| action2 | 4, 0 | -1, 0.1 |" in texts[0]
+    assert "you got 1.5 points and they got 3." in texts[0]
+
+
 def test_the_second_player_sees_its_own_points_first():
     condition = Condition("bach-stravinsky", ("A", "B"))
     assert "so you got 3 points and they got 2." in build_prompts(condition)[0]

@@ -194,9 +194,9 @@ def test_a_seed_counts_once(run, tmp_path, capsys):
         evaluated(tmp_path / "out.json", run, other, *BRIEF)
     config = read_json(run / "config.json")
     with pytest.raises(InputError, match="RUN: of utilitarian a seed comes twice: 1 1"):
-        group_by_seed({}, [{}, {}], [config, config])
-    groups = group_by_seed({}, [{}, {}], [config, {**config, "lr": 0.5}])
-    assert [group["runs"] for group in groups] == [[], [0], [1]]
+        group_by_seed([config, config])
+    groups = group_by_seed([config, {**config, "lr": 0.5}])
+    assert [group["runs"] for group in groups] == [[0], [1]]
 
 
 def test_the_head_says_what_training_had(run, tmp_path, capsys):
@@ -276,7 +276,7 @@ def test_a_learning_opponent_is_evaluated_on_its_own_side(tmp_path):
     rows, theirs = map(read_metrics, both)
     for row, own in zip(rows, theirs):
         learned = {key: row[f"opponent_{key}"] for key in row if f"opponent_{key}" in row}
-        assert {"reward", "accuracy", "kl", "p_C_after_CC", "count_C_after_C"} <= {*learned}
+        assert {"reward", "right", "kl", "p_C_after_CC", "count_C_after_C"} <= {*learned}
         assert own == row | learned
     assert len(rows) == len(theirs) == 4 and rows != theirs
 
@@ -301,7 +301,7 @@ def test_a_wording_is_its_text(run, tmp_path):
 
 
 # What is typed behind RUN, and a part of the line that refuses it.
-BAD_OPTIONS = """{bad}/model|differ in their model; {bad}/xi|differ in their xi; --game 1|--game; \
+BAD_OPTIONS = """{bad}/base|differ in their base; {bad}/xi|differ in their xi; --game 1|--game; \
 {bad}/sampling|sampling; {run}/../run|given twice; --opponent me|--opponent; --game random|--game; \
 --opponent learner|--opponent; --actions A A|--actions; --actions moon moon3|told apart; \
 --prompt nowhere.txt|--prompt; --prompt {bad}/lacks|{{second}}; --prompt {bad}/unknown|colour; \

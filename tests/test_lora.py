@@ -11,7 +11,7 @@ import lora
 import nf4
 from conftest import adapted_model, change_json, change_tensors, cut_file, random_model
 from errors import InputError
-from lora import adapter, add_adapter, load_adapter, lora_layers, save_adapter
+from lora import active_adapter, add_adapter, load_adapter, lora_layers, save_adapter
 from nf4 import NF4Linear
 from policy import load_model
 
@@ -22,7 +22,7 @@ adapted = partial(adapted_model, rank=4, alpha=6)
 
 @torch.no_grad()
 def logits(model, name=None):
-    with adapter(model, name):
+    with active_adapter(model, name):
         return model(IDS).logits
 
 
@@ -86,7 +86,7 @@ def test_two_adapters_are_independent():
     assert torch.equal(logits(model, "player"), before)
     assert not torch.equal(logits(model, "other"), before)
     # Gradients stay in the active one, and out of the base.
-    with adapter(model, "player"):
+    with active_adapter(model, "player"):
         model(IDS).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in lora.adapter_parameters(model, "player"))
     assert all(parameter.grad is None for parameter in lora.adapter_parameters(model, "other"))
@@ -185,7 +185,7 @@ def test_nf4_computes_learns_and_merges_as_its_dequantised_weights(kind):
         torch.manual_seed(1)
         for parameter in lora.adapter_parameters(model, "player"):
             torch.nn.init.normal_(parameter, std=0.1)
-        with adapter(model, "player"):
+        with active_adapter(model, "player"):
             model(IDS).logits.square().mean().backward()
     assert (logits(ours, "player") - logits(plain, "player")).abs().max() < 1e-5
     pairs = zip(*(lora.adapter_parameters(model, "player") for model in (ours, plain)))

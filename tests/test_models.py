@@ -18,7 +18,7 @@ import policy as policies
 from conftest import FULL, GROUPED, ROOT, SMALL, plain_passes
 from envs import Condition, build_prompts
 from errors import InputError
-from lora import adapter, add_adapter
+from lora import active_adapter, add_adapter
 from nf4 import NF4Linear, is_linear, quantise_layers
 from policy import Policy, check_causal, check_runs, checkpoint_layers, load_model
 from trie import Trie
@@ -96,7 +96,7 @@ def gradients(policy, table):
     """Of a table's log-probabilities and values, for each parameter: all of them have one."""
     generator = torch.Generator().manual_seed(0)
     loss = sum((torch.randn(x.shape, generator=generator) * x).sum() for x in table)
-    with adapter(policy.model, policy.name):  # checkpointed layers run again
+    with active_adapter(policy.model, policy.name):  # checkpointed layers run again
         return torch.autograd.grad(loss, policy.parameters())
 
 
@@ -132,7 +132,7 @@ def test_trie_adapter_checkpointing_peft_and_merge(kind, tmp_path):
     assert all(map(torch.equal, gradients(policy, again), kept))
 
     ids = torch.tensor(TEXTS[:1])
-    with torch.no_grad(), adapter(model, "player"):
+    with torch.no_grad(), active_adapter(model, "player"):
         tuned = model(input_ids=ids).logits
     lora.save_adapter(model, "player", tmp_path)
     theirs = PeftModel.from_pretrained(random_model(KINDS[kind]()), tmp_path).eval()

@@ -19,7 +19,7 @@ from envs import Condition, build_prompts
 from errors import InputError, about
 from lora import LoRALinear, add_adapter
 from policy import Policy, checkpoint_layers, encode
-from ppo import Learner
+from ppo import Learner, sum_gradients
 from trie import Trie
 
 TEXTS, ANSWERS = conftest.shared_prefix_texts()
@@ -118,7 +118,8 @@ def test_a_layer_that_does_not_run_has_a_gradient_of_zero():
     policy = Policy(model, None, "player")
     policy(Trie(TEXTS, ANSWERS))[0].sum().backward()
     norms = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
-    assert policy.sum_gradients() == pytest.approx(math.hypot(*norms))
+    gradients = sum_gradients(policy.parameters())
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(math.hypot(*norms))
     assert all((getattr(model.model.unused, name)["player"].grad == 0).all() for name in "AB")
 
 
@@ -421,6 +422,21 @@ def test_a_bug_comes_out_as_it_is(place, monkeypatch, tiny):
     with about("--model"), pytest.raises(KeyError, match="a bug"):
         policy.trie(texts, names)
         policies.check_causal(policy, trie)
+        policy(trie)
+
+
+def test_a_temperature_is_no_fault_of_the_model(monkeypatch):
+    """docs/FORK.md says where to put it: what is checked are the logits before it."""
+    at_one = policies.answer_log_probs
+
+    def cooler(trie, logits, free):
+        return at_one(trie, logits / 0.2, free)
+
+    policy, trie = adapted_policy("llama")
+    before = policy.probabilities(trie)
+    monkeypatch.setattr(policies, "answer_log_probs", cooler)
+    policies.check_causal(policy, trie)
+    assert np.abs(policy.probabilities(trie) - before).max() > 0.01
 
 
 def test_a_bare_model_that_runs_out_of_memory_is_no_model_at_fault(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 from conftest import adapted_policy, plain_passes, shared_prefix_texts
 from errors import InputError
+from lora import add_adapter
 from ppo import Learner, RunningMoments, adapt_kl_coef, gae
 
 TEXTS, ANSWERS = shared_prefix_texts()
@@ -235,6 +236,13 @@ def test_diagnostics_by_hand():
     target = scaled - 0.2 * (log_probs - REFERENCE)[prompt, action].numpy()
     left = np.var(target - values[prompt].numpy()) / np.var(target)
     assert stats["explained_variance"] == pytest.approx(1 - left, rel=1e-3)
+
+
+def test_an_adapter_that_is_loaded_later_would_not_be_trained():
+    learner, trie = learning(lr=1e-2, epochs=1)
+    add_adapter(learner.policy.model, learner.policy.name, rank=2, alpha=4)
+    with pytest.raises(RuntimeError, match="new Learner"):
+        learner.update(trie, learner.policy(trie), *drawn_rounds())
 
 
 def test_a_saved_learner_goes_on_as_if_nothing_had_been():

@@ -37,7 +37,7 @@ def fork(tmp_path):
     left_out = shutil.ignore_patterns(".*", "runs", "results", "__pycache__", "*.png")
     shutil.copytree(ROOT, folder, ignore=left_out)
     appended = APPENDED.findall(FORK)
-    assert [file for file, _ in appended] == ["rewards.py", "envs.py"]
+    assert [file for file, _ in appended] == ["rewards.py", "envs.py", "wordings.py"]
     for file, snippet in appended:
         with open(folder / file, "a") as target:
             target.write("\n\n" + snippet)

@@ -11,7 +11,7 @@ import torch
 
 from conftest import plain_passes, run_training
 from envs import Condition, build_prompts
-from lora import adapter, adapter_parameters, add_adapter, lora_layers, merge_adapter
+from lora import active_adapter, adapter_parameters, add_adapter, lora_layers, merge_adapter
 from policy import Policy, check_causal, load_model
 
 FOLDER = os.environ.get("REAL_MODEL")
@@ -63,7 +63,7 @@ def test_peft_and_a_merged_model_give_the_same(real, tmp_path):
     policy, trie = real(True)
     policy.load(tmp_path / "run")
     ids = torch.tensor([trie.prompts[0] + trie.answers[0]])
-    with adapter(policy.model, "player"):
+    with active_adapter(policy.model, "player"):
         ours, tuned = policy.model(ids).logits, policy.probabilities(trie)
     assert (ours - policy.model(ids).logits).abs().max() > 0.1
 

@@ -10,7 +10,7 @@ import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
 from errors import InputError
 from options import train_parser
-from rewards import REWARDS, moral_accuracy, optimum, reward_array
+from rewards import REWARDS, optimum, reward_array, share_right
 
 IPD = payoff_matrix("ipd")
 SETTINGS = vars(train_parser("").parse_args([]))  # also those that a fork's rewards read
@@ -91,7 +91,7 @@ def test_optima_in_the_prisoners_dilemma(reward, strategy):
 
 
 @pytest.mark.parametrize("reward", OPTIMA)
-def test_moral_accuracy_by_hand(reward):
+def test_share_right_by_hand(reward):
     """1 at the optimum, 0 at its opposite, 1/2 with half the mass illegal.
 
     What happens where the reward is indifferent does not count.
@@ -99,11 +99,11 @@ def test_moral_accuracy_by_hand(reward):
     for either in "01":
         best = memory_one([int(p) for p in OPTIMA[reward].replace("*", either)])
         with_illegal = np.concatenate([best, np.ones((4, 1, 1))], axis=-1) / 2
-        assert moral_accuracy(reward, best, IPD, SETTINGS) == 1
-        assert moral_accuracy(reward, best[..., ::-1], IPD, SETTINGS) == 0
-        assert moral_accuracy(reward, with_illegal, IPD, SETTINGS) == 0.5
+        assert share_right(reward, best, IPD, SETTINGS) == 1
+        assert share_right(reward, best[..., ::-1], IPD, SETTINGS) == 0
+        assert share_right(reward, with_illegal, IPD, SETTINGS) == 0.5
     always = {"game": 0, "game+deontological": 0.5}
-    assert moral_accuracy(reward, memory_one([1] * 4), IPD, SETTINGS) == always.get(reward, 1)
+    assert share_right(reward, memory_one([1] * 4), IPD, SETTINGS) == always.get(reward, 1)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_against_a_known_opponent(reward, game, opponent, best):
     payoffs, against = payoff_matrix(game), replies(memory_one(STRATEGIES[opponent]))
     player = memory_one([int(p) for p in best])
     assert optimum(reward, payoffs, SETTINGS, replies=against).tolist() == [int(p) for p in best]
-    assert moral_accuracy(reward, player, payoffs, SETTINGS, replies=against) == 1
-    assert moral_accuracy(reward, player[..., ::-1], payoffs, SETTINGS, replies=against) == 0
+    assert share_right(reward, player, payoffs, SETTINGS, replies=against) == 1
+    assert share_right(reward, player[..., ::-1], payoffs, SETTINGS, replies=against) == 0
 
 
 @pytest.mark.parametrize("reward", ["game", "utilitarian", "game+deontological"])
@@ -143,7 +143,7 @@ def test_what_is_added_to_all_points_changes_no_optimum(reward):
 def test_where_nothing_is_better():
     payoffs = payoff_matrix("bach-stravinsky")  # 3 + 2 either way
     assert np.isnan(optimum("utilitarian", payoffs, SETTINGS)).all()
-    assert math.isnan(moral_accuracy("utilitarian", memory_one([1] * 4), payoffs, SETTINGS))
+    assert math.isnan(share_right("utilitarian", memory_one([1] * 4), payoffs, SETTINGS))
 
 
 def test_regrets_of_played_rounds():

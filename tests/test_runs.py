@@ -277,9 +277,18 @@ def test_damaged_states_are_refused_and_kept(damage, words, whole, tmp_path, cap
 
 
 def test_resume_takes_no_other_option(whole, capsys):
-    for other in ("--lr 1", "--overwrite", "--reward game"):
+    for other in ("--lr 1", "--overwrite", "--reward game", "--seed 1"):  # 1 is its default
         with refused(capsys, "--resume", "leave other options out"):
             train.main(["--resume", str(whole / "state1"), *other.split()])
+
+
+def test_a_row_with_other_columns_is_no_row(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log({"update": 1, "reward": 0.5})
+    for row in ({"update": 2, "reward": 0.5, "more": 1}, {"reward": 0.5, "update": 2}):
+        with pytest.raises(ValueError, match="columns"):
+            folder.log(row)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "update,reward\n1,0.5\n"
 
 
 def test_resume_with_other_weights(whole, capsys, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from envs import ACTION_TYPES, STATES, C, Condition, by_state, payoff_matrix
 from grid import read_metrics
 from policy import load_model
 from ppo import Learner
-from rewards import moral_accuracy
+from rewards import share_right
 
 SHORT = ["--episodes", "48", "--batch", "16", "--prompt", "brief"]  # enough for a run folder
 ADAPTER = "adapter_model.safetensors"
@@ -103,7 +103,7 @@ def test_until_stops_as_soon_as_all_have_learned(opponent, tmp_path):
     rows = read_metrics(tmp_path / "run")
     for side in ("", "opponent_") if opponent == "learner" else ("",):
         assert np.mean(list(result[f"{side}policy_after"].values())) >= 0.8  # all states prefer C
-    least = [min(float(row[key]) for key in row if key.endswith("accuracy")) for row in rows]
+    least = [min(float(row[key]) for key in row if key.endswith("right")) for row in rows]
     assert len(rows) > 2 and max(least) < 0.8
 
 
@@ -114,7 +114,7 @@ def test_until_looks_at_the_learner_that_has_a_better_action(tmp_path, capsys):
         out = tmp_path / game[:1]
         run_training(out, *options, "--game", *game.split())
         last = read_metrics(out)[-1]
-        assert [last["accuracy"], last["opponent_accuracy"]].count("nan") == 1
+        assert [last["right"], last["opponent_right"]].count("nan") == 1
         assert int(last["episodes"]) < 25600 and "Learned" in capsys.readouterr().out
     run_training(tmp_path / "run", *options, *SHORT, "--game", *["1"] * 8)  # all is one: to the end
     assert len(read_metrics(tmp_path / "run")) == 3
@@ -168,7 +168,7 @@ def test_what_a_run_writes(runs):
     for row in rows:
         assert sum(counts(row).values()) == 16 * 5
         cooperation = np.mean(list(probabilities(row).values()))
-        assert float(row["accuracy"]) == pytest.approx(cooperation, abs=1e-5)
+        assert float(row["right"]) == pytest.approx(cooperation, abs=1e-5)
     assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-6)  # it starts as the base model
     assert float(rows[-1]["kl"]) > 1e-4
     assert float(rows[0]["kl_coef"]) == 0.5 > float(rows[1]["kl_coef"])
@@ -224,7 +224,7 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     # The opponent's P(C) is 0.9, 0.6, 0.2, 0.4 in CC CD DC DD: C has 2.6, 1.4, -0.2 and 0.6 points,
     # D -1.8, 0.8, -0.4 and 1.2.
     best = [player[:3, :, C], player[3:, :, 1]]
-    assert float(row["accuracy"]) == pytest.approx(np.concatenate(best).mean(), abs=1e-5)
+    assert float(row["right"]) == pytest.approx(np.concatenate(best).mean(), abs=1e-5)
 
 
 def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):
@@ -296,7 +296,7 @@ def test_says_what_it_does_when_the_names_change_places(names, tmp_path, capsys)
     own, right, other = capsys.readouterr().out.split("Strategy: ")[1].splitlines()[:3]
     assert own.endswith("-> always cooperate")
     rows = read_metrics(tmp_path / "run")
-    before = f"{float(rows[0]['accuracy']):.2f}"  # of the untuned model: the first row's
+    before = f"{float(rows[0]['right']):.2f}"  # of the untuned model: the first row's
     assert right == f"How often it does what its reward asks for: {before} -> 1.00"
     assert other == "With the two action names in each other's role: always defect"
 
@@ -329,7 +329,7 @@ def test_a_learning_opponent_reads_is_paid_and_is_judged_from_its_own_side(tmp_p
     game = "bach-stravinsky"
     options = ["--game", game, "--opponent", "learner", "--episodes", "32", "--batch", "16"]
     agents, opponent, _ = train.setup(parse(*options))
-    assert opponent is None
+    assert opponent is agents[1]
     # A cell's points change places between the two players' prompts.
     tokenizer = agents[0].policy.tokenizer
     tries = [agent.trie(Condition(game)) for agent in agents]
@@ -343,11 +343,11 @@ def test_a_learning_opponent_reads_is_paid_and_is_judged_from_its_own_side(tmp_p
         mine = envs.memory_one(list(probabilities(row).values()))
         theirs = envs.memory_one(list(probabilities(row, "opponent_").values()))
         facing = envs.replies(theirs)
-        accuracy = moral_accuracy("game", mine, payoffs, SETTINGS, facing)
-        assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-4)
+        right = share_right("game", mine, payoffs, SETTINGS, facing)
+        assert float(row["right"]) == pytest.approx(right, abs=1e-4)
         view = payoff_matrix(game, side=1)
-        accuracy = moral_accuracy("game", theirs, view, SETTINGS, envs.replies(mine))
-        assert float(row["opponent_accuracy"]) == pytest.approx(accuracy, abs=1e-4)
+        right = share_right("game", theirs, view, SETTINGS, envs.replies(mine))
+        assert float(row["opponent_right"]) == pytest.approx(right, abs=1e-4)
         assert row["reward"] != row["opponent_reward"]
     assert probabilities(rows[0]) == pytest.approx(result["policy_before"], abs=1e-5)
     theirs = probabilities(rows[0], "opponent_")
@@ -400,12 +400,12 @@ BAD_OPTIONS = """\
 --opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|twice; \
 --actions '' A|non-empty; --actions B moon moon7|told apart; \
 --actions '<end_of_turn>' moon|special; --actions \u4e2d moon|unknown; \
---resume nowhere|no folder""".split("; ")
+--batch 1 --rounds 1|two rounds; --resume nowhere|no folder""".split("; ")
 BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --episodes 0; \
 --episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
---lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; --kl-target \
--1; --gamma 1.1; --seed -1; --device abacus; --seed 99999999999999999999; --device meta; --dtype \
-int8; --save-every -1; --init nowhere; --prompt haiku""".split("; ")
+--illegal 1; --lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; \
+--kl-target -1; --gamma 1.1; --seed -1; --device abacus; --seed 99999999999999999999; \
+--device meta; --dtype int8; --save-every -1; --init nowhere; --prompt haiku""".split("; ")
 
 
 @pytest.mark.parametrize("typed", ["|--reward", *BAD_OPTIONS, *(f"{bad}|" for bad in BAD_VALUES)])
