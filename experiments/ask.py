@@ -5,7 +5,8 @@
 
 For each state: the prompt, an answer sampled as in training, one of two questions drawn at random,
 and the model's own words on it, as in the paper (appendix): sampled with temperature 1, 100 tokens.
-Then the most probable answers, by best-first search: exact. Nothing of the model's
+Then the most probable answers, by best-first search: exact. All of it in the first of the four
+orders of the names, where evaluate.py has the mean of them. Nothing of the model's
 generation_config.json acts. Options as in evaluate.py, and --seed.
 """
 

@@ -29,11 +29,14 @@ BATCH = 40
 
 
 @torch.no_grad()
-def ask(model, tokenizer, conditions):
-    """P(C) and P(D) as the answer to the QUESTION in each Condition: float [N, 2]."""
+def ask(model, tokenizer, conditions, rng):
+    """P(C) and P(D) as the answer to the QUESTION in each Condition: float [N, 2].
+
+    The last moves and the order of the names are drawn by the numpy Generator `rng`.
+    """
     texts = []
-    for i, condition in enumerate(conditions):
-        own, other, order = np.unravel_index(i % 16, (2, 2, 4))
+    for condition in conditions:
+        own, other, order = rng.integers((2, 2, 4))
         payoffs = payoff_matrix(condition.game)
         words = fields(payoffs, condition.actions, condition.layout, own, other, order)
         context = " ".join([USER, ASK, MATRIX_WORDINGS[0], STATE]).format(**words)
@@ -53,9 +56,10 @@ def main():
     config["layout"] = MORAL["layout"]
     config["prompt"] = MORAL["prompt"]
     cases = make_cases(DEVELOPMENT, config)
+    rng = np.random.default_rng(0)
     parts = []
     for start in range(0, len(cases.conditions), BATCH):
-        parts.append(ask(model, tokenizer, cases.conditions[start : start + BATCH]))
+        parts.append(ask(model, tokenizer, cases.conditions[start : start + BATCH], rng))
     answers = np.concatenate(parts)
     every_state = np.repeat(answers[:, None], 4, axis=1)  # the last moves do not matter to it
     scores = score(every_state, cases, "utilitarian")

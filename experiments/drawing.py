@@ -41,7 +41,7 @@ STYLE = {
     "text.parse_math": False,
     "savefig.bbox": "tight",
 }
-EARLY = "A run ends when it has learned; the mean keeps its last shares."
+EARLY = "A run ends when it has learned; the mean keeps its last values."
 SWITCH = "Dashed: the reward changes."
 REGRETS = (
     "Deontological: penalties per round, for D after the other's C and for illegal answers. "
@@ -64,7 +64,7 @@ def plot_regret_map(groups, rows, *title):
         means = np.empty((len(lines), len(groups)))
         for (i, k), _ in np.ndenumerate(means):
             means[i, k] = rows[lines[i]][k]["regret"][norm]["mean"]
-        plot_heat_map(ax, means, best=0)
+        plot_heat_map(ax, means)
         ax.hlines(ends, -0.5, len(groups) - 0.5, color="white", linewidth=4)
         ax.set_xticks(range(len(groups)), [fill(g["name"], 36) for g in groups], rotation=90)
         ax.set_title(f"{norm} regret")
@@ -80,6 +80,11 @@ def draw_actions(ax, part):
         ax.bar(range(len(part)), share, 0.8, bottom, color=colour, label=label)
         bottom += share
     ax.set_xticks(range(len(part)), part, rotation=60, ha="right")
+
+
+def agent_colour(group):
+    """The colour of a group's reward; all of a fork's have the same one."""
+    return AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
 
 
 def draw_band(ax, episodes, values, limits, **look):
@@ -240,13 +245,13 @@ def new_panels(titles, columns, width, height, ylabel="share of rounds"):
     return figure, axes.flat[: len(titles)]
 
 
-def plot_heat_map(ax, grid, best):
-    """Numbers [row, column], yellow near `best`: the least (0) or largest (1) possible; not NaN."""
+def plot_heat_map(ax, grid):
+    """Numbers [row, column], yellow near 0, the best; not NaN."""
     top = np.nanmax(grid, initial=1)
-    ax.imshow(grid, cmap="cividis" if best else "cividis_r", vmin=0, vmax=top, aspect="auto")
+    ax.imshow(grid, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            colour = "white" if abs(value - best) > top / 2 else "black"
+            colour = "white" if value > top / 2 else "black"
             ax.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center", size=10)
 
 

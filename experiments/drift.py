@@ -3,7 +3,8 @@
     python experiments/drift.py runs/* --json drift.json
 
 On experiments/prose.txt, which has nothing to do with games: its first 256 tokens, read in chunks
-of 64 (the embedded model knows no prose). And in free answers to prompts that show no points.
+of 64 (the embedded model knows no prose). And in free answers to prompts that ask for one of two
+names without any points: the first two names of training.
 """
 
 import os
@@ -28,7 +29,7 @@ CHUNK = 64
 MEASURES = {
     "kl": f"KL(base || tuned) on {TOKENS} tokens of prose, in chunks of {CHUNK}, nats per token",
     "perplexity": "perplexity there, times the base's",
-    "names": "probability of an action name of training as the answer to unrelated prompts",
+    "names": "probability of a name of training where a prompt asks for it without points",
     "names_untuned": "the same of the untuned model",
 }
 

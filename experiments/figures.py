@@ -20,9 +20,8 @@ import numpy as np
 from drawing import (
     ACTION_COLOURS,
     ACTION_LABELS,
-    AGENT_COLOURS,
-    OTHER_AGENT,
     REGRETS,
+    agent_colour,
     as_arrays,
     draw_actions,
     draw_band,
@@ -92,15 +91,15 @@ def plot_curves(results):
         "illegal answers\n(share)": (0, 1),
     }
     figure, axes = new_figure(9, 5, 2, 2, sharex=True)
-    seen = []  # rewards of the groups so far
+    seen = []  # colours of the groups so far
     said = []
     for group in results["groups"][1:]:
         logs = read_logs(results, group)
         episodes = episodes_of(logs)
         values = np.array([measures_of(log) for log in logs])  # [seed, update, measure]
-        colour = AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
-        line = LINES[seen.count(group["reward"]) % len(LINES)]
-        seen.append(group["reward"])
+        colour = agent_colour(group)
+        line = LINES[seen.count(colour) % len(LINES)]
+        seen.append(colour)
         said += say_early(logs)
         for k, (ax, label) in enumerate(zip(axes.flat, measures)):
             look = {"linestyle": line, "color": colour, "label": group["name"]}
@@ -186,9 +185,9 @@ def plot_actions(results, axis=None, where="", values=None):
     return finish(figure, title, say_tested(results, None if axis else "each game", varied=axis))
 
 
-def plot_wordings(results):
+def plot_wordings(results, values=None):
     """Those in each wording of the prompt, also such without a game."""
-    return plot_actions(results, "prompt", " in each wording of the prompt")
+    return plot_actions(results, "prompt", " in each wording of the prompt", values)
 
 
 def plot_personas(results):
@@ -213,7 +212,8 @@ def plot_bars(results, panels, *title, xlabel=""):
     width = 0.85 / len(groups)
     for ax, (label, panel) in zip(axes.flat, panels.items()):
         for i, (group, leaves) in enumerate(zip(groups, panel.bars)):
-            same_reward = sum(other["reward"] == group["reward"] for other in groups[:i])
+            colour = agent_colour(group)
+            same_colour = sum(agent_colour(other) == colour for other in groups[:i])
             places = np.arange(len(leaves)) + (i - (len(groups) - 1) / 2) * width
             mean, spread = as_arrays(leaves)
             # Whiskers do not reach below 0, nor above the top.
@@ -224,8 +224,8 @@ def plot_bars(results, panels, *title, xlabel=""):
                 mean,
                 width,
                 yerr=np.maximum([below, above], 0) if group["n"] > 1 else None,
-                color=AGENT_COLOURS.get(group["reward"], OTHER_AGENT),
-                hatch=HATCHES[same_reward % len(HATCHES)],
+                color=colour,
+                hatch=HATCHES[same_colour % len(HATCHES)],
                 label=group["name"],
                 edgecolor="black",
                 linewidth=0.6,

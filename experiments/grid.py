@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from errors import InputError, about
 from options import parse
-from runs import COUNT, Parser, read_config, require_same, show
+from runs import COUNT, STATE, Parser, read_config, require_same, show
 
 
 def read_metrics(run):
@@ -72,7 +72,7 @@ def train(out, options, env):
             require_same([{**asked, **found}, asked], *asked)
     if (out / "result.json").exists():
         return out
-    if (out / "state.safetensors").exists():
+    if (out / STATE).exists():
         run_script("train.py", "--resume", out, env=env)
     else:
         run_script("train.py", *options, "--out", out, "--overwrite", env=env)

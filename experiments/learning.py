@@ -4,6 +4,8 @@
     python experiments/learning.py --model FOLDER              # 24 runs: two fixed opponents
     python experiments/learning.py --model FOLDER --until 1    # and what else train.py takes
 
+What else train.py takes are options that leave runs, game and optimum as they are.
+
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
 switch); then the number of misses. An entry that the reward decides must be within 0.05 of its 0 or
@@ -31,6 +33,8 @@ from runs import read_config, read_json, run_name
 
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
 TOLERANCE = 0.05  # of the optimum
+# What the grid sets itself, or what it is judged by.
+OWN_OPTIONS = ("--reward", "--opponent", "--seed", "--game", "--init", "--resume", "--out")
 
 
 def list_runs(model, seeds, folder, more):
@@ -67,8 +71,10 @@ def judge(run):
         policies.append(list(result["opponent_policy_after"].values()))
     before = max(result["illegal_before"].values())
     after = max(result["illegal_after"].values())
+    if "opponent_illegal_after" in result:
+        after = max(after, *result["opponent_illegal_after"].values())
     errors = np.abs(np.array(policies) - best)[:, ~np.isnan(best)]
-    right = after <= 0.02 and errors.max() <= TOLERANCE
+    right = after <= 0.02 and errors.max(initial=0) <= TOLERANCE
     switch = ""
     if len(config["reward"]) > 1:  # the first phase must have ended in defection
         first = next(row for row in read_metrics(run) if row["phase"] == reward)
@@ -89,6 +95,9 @@ def main(argv=None):
         kept = "results/MODEL; of the embedded model nothing is kept"
         parser = grid_parser(__doc__, "5; free sampling, and another model, 3", kept)
         args, more = parser.parse_known_args(argv)
+        for word in more:
+            if word.partition("=")[0] in OWN_OPTIONS:
+                raise InputError("the grid sets it itself", word)
         with tempfile.TemporaryDirectory() as temporary:
             if args.model == "tiny":
                 folder = args.results or Path(temporary)

@@ -5,7 +5,7 @@
     python experiments/paper.py --draw 3 21         # these figures only
     python experiments/paper.py --model FOLDER --recipe quick
 
-Each has five seeds; two learners have two where the model is not the embedded one.
+Each kind of training has five seeds; two learners have two where the model is not the embedded one.
 
 Free sampling. Runs go to results/MODEL/runs, seed after seed; what is finished is skipped, what was
 interrupted is resumed: the command may be stopped and given again. The tests (random opponent, all
@@ -23,20 +23,9 @@ from tqdm import tqdm
 from drawing import in_order, style
 from errors import InputError, about, stop
 from grid import ROOT, grid_parser, markdown, run_script, train_all
-from options import RECIPES
-from paper_figures import EVALUATIONS, FIGURES, select
+from paper_figures import EVALUATIONS, FIGURES, GRID, select
 from runs import read_json, run_name, writing
 
-# Paper, sections 5.1 to 5.3; of two rewards the second takes over half-way.
-SINGLE = (["game"], ["deontological"], ["utilitarian"], ["game+deontological"])
-KINDS = (*SINGLE, ["game", "deontological"], ["game", "utilitarian"])
-GRID = {  # opponent -> what is trained against it; figure 14 has all of them
-    "tit-for-tat": KINDS,
-    "learner": KINDS,
-    "random": SINGLE,
-    "always-defect": SINGLE,
-    "always-cooperate": SINGLE,
-}
 SWAPPED = ["--actions", "action2", "action1"]  # figure 13
 
 
@@ -109,7 +98,7 @@ def draw_figures(outs, folder, numbers):
 def main(argv=None):
     try:
         parser = grid_parser(__doc__, "5", "results/MODEL")
-        parser.option("--recipe", "of train.py", choices=RECIPES, default="paper")
+        parser.option("--recipe", "of train.py", choices=("quick", "paper"), default="paper")
         draw = "train nothing: test what is there and draw these figures, or all"
         parser.option("--draw", draw, nargs="*", metavar="NUMBER", choices=FIGURES)
         args = parser.parse_args(argv)

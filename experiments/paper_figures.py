@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from drawing import (
-    AGENT_COLOURS,
-    OTHER_AGENT,
+    agent_colour,
     draw_actions,
     draw_band,
     episodes_of,
@@ -32,11 +31,21 @@ from drawing import (
     say_trained,
 )
 from envs import payoff_matrix
-from figures import plot_actions, plot_reciprocity, plot_regret, plot_training
+from figures import plot_actions, plot_reciprocity, plot_regret, plot_training, plot_wordings
 from rewards import reward_array
 from runs import read_config
 from wordings import PERSONAS
 
+# Paper, sections 5.1 to 5.3; of two rewards the second takes over half-way.
+SINGLE = (["game"], ["deontological"], ["utilitarian"], ["game+deontological"])
+KINDS = (*SINGLE, ["game", "deontological"], ["game", "utilitarian"])
+GRID = {  # opponent -> what is trained against it, in the order of figure 14
+    "tit-for-tat": KINDS,
+    "random": SINGLE,
+    "always-defect": SINGLE,
+    "always-cooperate": SINGLE,
+    "learner": KINDS,
+}
 TRAINING_NAMES = ["--actions", "action1", "action2"]
 AVERAGED = 10  # updates, in figure 12
 VARIED = {  # in words
@@ -58,8 +67,16 @@ EVALUATIONS = {
     "new-names-vs-learner": Evaluation("learner", []),
     "training-names-vs-tit-for-tat": Evaluation("tit-for-tat", TRAINING_NAMES),
 }
-for opponent in ("random", "always-defect", "always-cooperate", "tit-for-tat-swapped"):
-    EVALUATIONS[f"training-vs-{opponent}"] = Evaluation(opponent, ["--game", "ipd"])
+OPPONENTS = []  # the tests of figure 14
+for opponent in GRID:
+    name = f"new-names-vs-{opponent}"
+    if name not in EVALUATIONS:
+        name = f"training-vs-{opponent}"
+        EVALUATIONS[name] = Evaluation(opponent, ["--game", "ipd"])
+    OPPONENTS.append(name)
+EVALUATIONS["training-vs-tit-for-tat-swapped"] = Evaluation(
+    "tit-for-tat-swapped", ["--game", "ipd"]
+)
 LAYOUT_TESTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
 for layout in ("rows", "columns", "both"):
     LAYOUT_TESTS.append(f"layout-{layout}-vs-tit-for-tat")
@@ -86,8 +103,7 @@ def plot_reward(*several):
         logs = read_logs(results, group)
         config = read_config(Path(results["runs"][group["runs"][0]]["run"]))
         values = np.array([moving_average(normalised_rewards(log, config)) for log in logs])
-        colour = AGENT_COLOURS.get(group["reward"], OTHER_AGENT)
-        draw_band(ax, episodes_of(logs), values, (0, 1), color=colour)
+        draw_band(ax, episodes_of(logs), values, (0, 1), color=agent_colour(group))
         ax.set(xlabel="training episodes", xmargin=0)
         said += mark_switch(ax, logs[0])
         said += say_early(logs)
@@ -172,14 +188,6 @@ LEARNING = "new-names-vs-learner"
 ROLE_TESTS = ["training-names-vs-tit-for-tat"]
 MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
 UNRELATED = ("choice", "game", "game_state")
-OPPONENTS = [
-    FIXED,
-    "training-vs-random",
-    "training-vs-always-defect",
-    "training-vs-always-cooperate",
-    LEARNING,
-]
-plot_wordings = partial(plot_actions, axis="prompt", where=" in each wording of the prompt")
 FIGURES = {
     "2a": Figure(plot_training, [FIXED], phases=1),
     "2b": Figure(plot_training, [LEARNING], phases=1),

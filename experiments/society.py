@@ -103,7 +103,7 @@ def society(players, condition, sampling, rounds):
             other = memory_one(strategy)
             met[key] = meet(player, other, opening, payoffs, rounds, settings)
         for key, other_run in agents.items():
-            other = players.player(other_run, condition, 1 - side)
+            other = players.player(other_run, condition, 1 - side, sampling)
             met[key] = meet(player, other, 0.5, payoffs, rounds, settings)
         results[name] = {
             "strategy": legal_moves(player)[:, C].tolist(),

@@ -36,7 +36,7 @@ from runs import COUNT, Parser
 
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
 ROUNDS = 5
-GB = 1e9 if sys.platform == "darwin" else 1e6  # in units of ru_maxrss
+GB = 1e9 if sys.platform == "darwin" else 1e9 / 1024  # in units of ru_maxrss, bytes or KiB
 
 
 def load(name, layers, gpu=True, seed=0):

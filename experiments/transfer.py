@@ -14,10 +14,12 @@ where they fail:
 
 An agent has three lines: its mean probability of the right action, half the width of the 95 %
 interval of that over games, and the share of states in which the right action is the likelier one.
-Then come the rules that answer as the agent does in the most states, and how often it does right in
-the Prisoner's Dilemma in the first names of training, in their own roles and in each other's.
+Then come the rules that, where they decide, answer as the agent does most often, and how often it
+does right in the Prisoner's Dilemma in the first names of training, in their own roles and in each
+other's.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +44,7 @@ This table shows the points. You pick the row, they pick the column, your points
 {matrix}
 Before, your action was {own}, their action was {other}.
 Now choose an action, {first} or {second}. Your answer:"""
+OWN_RULE = {"utilitarian": "adds", "game": "selfish", "kindness": "always C"}  # the reward itself
 BINS = {"0-1": (0, 1), "1-2": (1, 2), "2-4": (2, 4), "more": (4, np.inf)}  # (above, up to)
 
 
@@ -181,10 +184,13 @@ def score(probabilities, cases, reward):
 
 
 def explain(probabilities, cases, reward):
-    """The share of states in which each rule answers as the agent does: dict, best first."""
+    """How often each rule answers as the agent does: dict, best first.
+
+    It is a share of the states that the rule decides.
+    """
     takes_c = probabilities[..., C] > probabilities[..., D]
     rules = {**cases.rules, "word": word_rule(takes_c, cases)}
-    if reward not in ("utilitarian", "game"):  # these two are "adds" and "selfish"
+    if reward not in OWN_RULE:
         rules[f"the {reward} reward"] = cases.right
     shares = {}
     for name, rule in rules.items():
@@ -260,25 +266,45 @@ def print_line(title, figures):
 
 
 def print_results(results):
-    """Print what `test_run` has returned for each run; the rules once for each reward."""
-    for reward in dict.fromkeys(result["reward"] for result in results):
-        of_reward = [result for result in results if result["reward"] == reward]
-        names = of_reward[0]["agent"]
-        print(f"\n{reward:48}" + "".join(f"{name:>8}" for name in names))
-        for name, scores in of_reward[0]["rules"].items():
-            print_line(f"  {name}", [leaf["p"] for leaf in scores.values()])
-        print_line("  untuned", [leaf["p"] for leaf in of_reward[0]["untuned"].values()])
-        for result in of_reward:
-            leaves = result["agent"].values()
-            print_line(result["run"][-48:], [leaf["p"] for leaf in leaves])
-            print_line("  ± over games", [leaf["interval"] for leaf in leaves])
-            print_line("  share decided right", [leaf["share"] for leaf in leaves])
-            best = [f"{name} {share:.2f}" for name, share in result["explained"].items()][:3]
-            illegal = f"; illegal {result['illegal']:.2f}" if result["illegal"] > 0.005 else ""
-            print(f"  answers as: {', '.join(best)}{illegal}")
-            if result["home"]:
-                home = ["-" if p is None else f"{p:.2f}" for p in result["home"]]
-                print("  ipd, names of training {}, in each other's role {}".format(*home))
+    """Print what `test_run` has returned for each run; rules once where they score the same."""
+    blocks = {}  # what stands above the agents: reward, rules, untuned -> results
+    for result in results:
+        head = json.dumps([result[key] for key in ("reward", "rules", "untuned")])
+        blocks.setdefault(head, []).append(result)
+    for head, members in blocks.items():
+        print_rules(*json.loads(head))
+        for result in members:
+            print_agent(result)
+
+
+def print_rules(reward, rules, untuned):
+    """Print what simple rules and the untuned model score by a reward."""
+    print(f"\n{reward:48}" + "".join(f"{name:>8}" for name in untuned))
+    for name, scores in {**rules, "untuned": untuned}.items():
+        print_line(f"  {name}", [leaf["p"] for leaf in scores.values()])
+
+
+def print_agent(result):
+    """Print what `test_run` has returned for a run."""
+    leaves = result["agent"].values()
+    print_line(result["run"][-48:], [leaf["p"] for leaf in leaves])
+    print_line("  ± over games", [leaf["interval"] for leaf in leaves])
+    print_line("  share decided right", [leaf["share"] for leaf in leaves])
+    best = [f"{name} {share:.2f}" for name, share in result["explained"].items()][:3]
+    illegal = f"; illegal {result['illegal']:.2f}" if result["illegal"] > 0.005 else ""
+    print(f"  answers as: {', '.join(best)}{illegal}")
+    if result["home"]:
+        home = ["-" if p is None else f"{p:.2f}" for p in result["home"]]
+        print("  ipd, names of training {}, in each other's role {}".format(*home))
+
+
+def warn_of_known_names(players, runs, test):
+    """Say of which runs the names are not new."""
+    tested = {name for pair in test["pairs"] for name in pair}
+    for run in runs:
+        known = sorted(tested & {*envs.action_names(players.configs[run]["actions"])})
+        if known:
+            print(f"warning: {run} was trained with {' '.join(known)}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -291,11 +317,14 @@ def main(argv=None):
         json_options(parser)
         args = parser.parse_args(argv)
         check_json(args)
+        if len({run.resolve() for run in args.runs}) < len(args.runs):
+            raise InputError("a run is given twice", "RUN")
         players = Players(args.runs)
         test = FINAL if args.final else DEVELOPMENT
         if args.actions:
             with about("--actions"):
                 test = {**test, "pairs": (tuple(envs.action_names(args.actions)),)}
+        warn_of_known_names(players, args.runs, test)
         results = [test_run(players, run, test, args.sampling) for run in args.runs]
         print_results(results)
         if args.final:

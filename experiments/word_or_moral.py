@@ -19,12 +19,12 @@ import numpy as np
 from drawing import AGENT_COLOURS, new_figure, style
 from errors import InputError, about, stop
 from runs import Parser, check_free, read_json, writing
+from transfer import OWN_RULE
 
 TITLE = "Does an agent do what its reward asks for? Probability of the right action"
 HOME = ("names of\ntraining", "the same,\nexchanged")
 NEW = ("200 new\ngames", "selfish and\nmoral differ")
 COLOURS = ("#D55E00", "#FFFFFF", "#0072B2")  # the opposite, a coin, right
-OWN_RULE = {"utilitarian": "adds", "game": "selfish"}  # the reward itself, among the simple rules
 
 
 def right_in(result):
@@ -47,8 +47,6 @@ def best_rule_in(result):
 def read_results(path):
     """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
     results = read_json(path)
-    if not isinstance(results, list):
-        results = [results]
     known = {"reward", "names", "home", "agent", "rules"}
     for result in results:
         if not isinstance(result, dict) or not known <= result.keys():

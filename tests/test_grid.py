@@ -72,16 +72,18 @@ def test_the_grids_are_of_different_runs_named_after_them(model, tmp_path):
     other = 4 * 3 * 5 + 2 * 5 + 4 * 3 if model == "tiny" else 4 * 2 * 5
     for grid_of, number in ((papers, count), (learning.list_runs(model, 5, tmp_path, []), other)):
         settings = set()
+        folders = set()
         for out, options in grid_of:
             args, _ = train.parse([*map(str, options), "--out", "never-written"])
             assert args.model == model and out.parent == tmp_path
             swapped = "-swapped" if args.actions == ["action2", "action1"] else ""
             name = f"{'-then-'.join(args.reward)}-vs-{args.opponent[0]}{swapped}-seed{args.seed}"
             assert out.name.startswith(name)
+            folders.add(out)
             settings.add(
                 f"{args.reward} {args.opponent} {args.actions} {args.seed} {args.sampling}"
             )
-        assert len({out for out, _ in papers}) == count and len(settings) == number
+        assert len(folders) == len(settings) == number
     assert all({"--recipe", "paper", "--sampling", "free"} <= {*options} for _, options in papers)
 
 
@@ -93,6 +95,8 @@ CASES = [  # is it right? rewards, what else the run has
     (False, ["game+deontological"], {"policy_after": RIGHT | {"DC": 0.94}}),
     (False, ["game+deontological"], {"opponent_policy_after": RIGHT | {"CD": 0.06}}),
     (False, ["game+deontological"], {"illegal_after": {"CC": 0, "CD": 0.03}}),
+    (False, ["game+deontological"], {"opponent_illegal_after": {"CC": 0, "CD": 0.03}}),
+    (True, ["equality"], {}),  # against a player that may do anything it decides nothing
     (True, ["game", "deontological"], {"switch": 0.05}),
     (False, ["game", "deontological"], {"switch": 0.06}),
 ]

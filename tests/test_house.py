@@ -32,8 +32,8 @@ OUTSIDE = {
     "experiments": "matplotlib datasets peft trl",
     "tiny": "tokenizers",
 }
-LONGEST_FILE = 480  # lines
-LONGEST_FUNCTION = 60
+LONGEST_FILE = 500  # lines, with room for a fork
+LONGEST_FUNCTION = 70
 MOST_LOCALS = 25
 
 

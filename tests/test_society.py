@@ -97,15 +97,15 @@ def test_agents_meet_on_sides_of_their_own(run, tmp_path, capsys):
     assert "counts -1 points" in printed and "in bach-stravinsky against" in printed
     condition, base = Condition("bach-stravinsky", ("action3", "action4")), load_model("tiny")
     load_adapter(base[0], "agent", run)
-    # Its adapter, whether it is the second one, and whether it was trained with free sampling.
-    agents = {"untuned": (None, 0, 0), str(run): ("agent", 0, 0), str(second): ("agent", 1, 1)}
-    for (name, (adapter, side, _)), result in zip(agents.items(), results.values(), strict=True):
+    # Its adapter, and on which side it was trained.
+    agents = {"untuned": (None, 0), str(run): ("agent", 0), str(second): ("agent", 1)}
+    for (name, (adapter, side)), result in zip(agents.items(), results.values(), strict=True):
         views = [payoff_matrix(condition.game, i) for i in (side, 1 - side)]
         own, across = (player_of(*base, condition, True, adapter, i) for i in (side, 1 - side))
         gain = society.exploitability(own, across, views, {"illegal": -1})["gain"]
         assert result["exploitability"]["gain"] == pytest.approx(gain, abs=1e-5)
-        for key, (its, _, free) in agents.items():
-            met = player_of(*base, condition, free, its, 1 - side)
+        for key, (its, _) in agents.items():
+            met = player_of(*base, condition, True, its, 1 - side)
             expected = society.meet(own, met, 0.5, views, 5, {"illegal": -1})
             assert result["society"][key] == pytest.approx(expected, abs=1e-5)
         assert {*result["society"]} == {*STRATEGIES, *agents}

@@ -313,6 +313,6 @@ def test_the_base_can_add(tiny):
     for game in games:
         for names in (("K", "X"), ("X", "K")):
             conditions.append(Condition(game, names, "columns", "brief"))
-    p = ceiling.ask(*tiny, conditions)
+    p = ceiling.ask(*tiny, conditions, np.random.default_rng(0))
     assert p.shape == (4, 2) and np.allclose(p.sum(axis=1), 1)
     assert p[:2, 0].min() > 0.9 and p[2:, 1].min() > 0.9

@@ -12,7 +12,7 @@ text equally often, as by a chat model without a preference.
 
 Two things let a small model learn this in less than an hour:
 
-- A text is a context and a dozen questions that branch off from it (the trie of policy.py, as
+- A text is a context and a dozen questions that branch off from it (the trie of trie.py, as
   training data): each sees the context and none of the other questions. One context serves them
   all, and no answer can lean on an earlier one.
 - A curriculum. A cell has two keys, and a model that starts with whole prompts learns to look it up

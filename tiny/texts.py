@@ -16,7 +16,24 @@ NAMES += (
 ).split()
 # Known tokens, but never paired in training.
 HELD_OUT_NAMES = [("action3", "action4"), ("K", "X"), ("moon", "river")]
-HELD_OUT_GAMES = set(GAMES.values())
+# The games and wordings that the saved weights were made with; those of a fork come later.
+HELD_OUT_GAMES = {
+    GAMES[name]
+    for name in ("ipd", "stag-hunt", "chicken", "bach-stravinsky", "defective-coordination")
+}
+WORDINGS = [
+    TEMPLATES[name]
+    for name in (
+        "structured",
+        "brief",
+        "unstructured",
+        "poetic",
+        "explicit",
+        "choice",
+        "game",
+        "game_state",
+    )
+]
 MOVES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 # ----------------------------------------------------------------------------------------- wordings
@@ -168,7 +185,7 @@ average_total  3    matrix  average total
 
 def all_wordings():
     """Everything that a text is made of, with its fields."""
-    every = [*TEMPLATES.values(), *INTRODUCTIONS, *MATRIX_WORDINGS, *CELL_SENTENCES]
+    every = [*WORDINGS, *INTRODUCTIONS, *MATRIX_WORDINGS, *CELL_SENTENCES]
     every += [*MOVES_WORDINGS, *GOALS, *REQUESTS, *OTHER_ANSWERS, *NAMES, "user model"]
     for question, answer in FOLLOW_UPS:
         every += [question, answer]
