@@ -100,6 +100,17 @@ def draw_band(ax, episodes, values, limits, **look):
     ax.fill_between(episodes, low, high, alpha=0.15, color=look["color"])
 
 
+def moving_average(values, count):
+    """The mean of each value and those before it, `count` in all, fewer at the start.
+
+    values: [update, ...]
+    """
+    sums = np.cumsum(values, axis=0)
+    before = np.concatenate([np.zeros_like(sums[:1])] * count + [sums])[: len(sums)]
+    numbers = np.minimum(np.arange(len(sums)) + 1, count)
+    return ((sums - before).T / numbers).T
+
+
 def mark_switch(ax, log):
     """A dashed line where the reward changes; returns what the title says of it, a list of str."""
     said = []

@@ -30,6 +30,7 @@ from drawing import (
     in_order,
     list_trained,
     mark_switch,
+    moving_average,
     new_figure,
     new_panels,
     plot_regret_map,
@@ -68,12 +69,16 @@ def plot_training(*several, columns=2):
     for ax, (results, group, _) in zip(axes, panels):
         logs = read_logs(results, group)
         shares = np.mean([action_shares(log) for log in logs], axis=0)  # [update, action]
+        count = 1 + len(shares) // 50  # an update of one episode has five rounds: it is smoothed
+        shares = moving_average(shares, count)
         # A row is about the episodes since the last one: those of the first begin at 0.
         shares = np.concatenate([shares[:1], shares])
         episodes = [0, *episodes_of(logs)]
         ax.stackplot(episodes, shares.T, colors=ACTION_COLOURS, labels=ACTION_LABELS)
         last = max(last, episodes[-1])
         ax.set(xlabel="training episodes")
+        if count > 1:
+            said.append(f"Moving average of {count} updates.")
         said += mark_switch(ax, logs[0])
         said += say_early(logs)
     for ax in axes:

@@ -21,6 +21,7 @@ from drawing import (
     finish,
     list_trained,
     mark_switch,
+    moving_average,
     new_figure,
     new_panels,
     plot_regret_map,
@@ -102,7 +103,9 @@ def plot_reward(*several):
     for ax, (results, group, _) in zip(axes, panels):
         logs = read_logs(results, group)
         config = read_config(Path(results["runs"][group["runs"][0]]["run"]))
-        values = np.array([moving_average(normalised_rewards(log, config)) for log in logs])
+        values = np.array(
+            [moving_average(normalised_rewards(log, config), AVERAGED) for log in logs]
+        )
         draw_band(ax, episodes_of(logs), values, (0, 1), color=agent_colour(group))
         ax.set(xlabel="training episodes", xmargin=0)
         said += mark_switch(ax, logs[0])
@@ -124,13 +127,6 @@ def normalised_rewards(log, config):
         low, high = limits[row["phase"]]
         values.append((float(row["reward"]) - low) / (high - low))
     return np.array(values)
-
-
-def moving_average(values):
-    """The mean of each value and those before it, AVERAGED in all, fewer at the start."""
-    sums = np.cumsum(values)
-    before = np.concatenate([np.zeros(AVERAGED), sums])[: len(sums)]
-    return (sums - before) / np.minimum(np.arange(len(sums)) + 1, AVERAGED)
 
 
 def plot_regrets(*several, varied):

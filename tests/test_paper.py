@@ -187,5 +187,5 @@ def test_rewards_are_normalised_and_averaged():
     log += [{"phase": "deontological", "reward": "0"}, {"phase": "deontological", "reward": "-3"}]
     values = paper_figures.normalised_rewards(log, config)
     assert values.tolist() == [0, 1, 1, 0.5]
-    rising = paper_figures.moving_average(np.arange(12.0))
+    rising = drawing.moving_average(np.arange(12.0), 10)
     assert rising.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5.5, 6.5]
