@@ -183,7 +183,10 @@ class Players:
 
     def __init__(self, folders):
         self.configs = {}
-        usual = vars(train_parser("").parse_args([]))  # of options that came after a run
+        from ppo import constants
+
+        # Of options and constants that came after a run.
+        usual = {**constants(), **vars(train_parser("").parse_args([]))}
         with about("RUN"):
             for run in folders:
                 self.configs[run] = {**usual, **runs.read_config(run)}

@@ -28,6 +28,11 @@ ADAM_EPS = 1e-5  # as in CleanRL; with torch's 1e-8 a rare gradient becomes a la
 MAX_SKIPPED = 10  # so many updates in a row with a number that is not finite end the run
 
 
+def constants():
+    """The numbers above by their names: a fork that changes one has runs of another kind."""
+    return {name: value for name, value in globals().items() if name.isupper()}
+
+
 class RunningMoments:
     """Mean and standard deviation of all numbers seen so far."""
 

@@ -72,13 +72,14 @@ def setup(args, saved=None):
     Returns (agents: those that learn, the player first;
              opponent: whom the player meets, an object with `player(condition)` and `opening`; it
              is one of the agents if it learns;
-             base: what config.json holds of the model and the versions)
+             base: what config.json holds of the model, PPO's constants and the versions)
     """
     import torch
     import transformers
 
     from lora import base_fingerprint
     from policy import check_causal, load_model
+    from ppo import constants
 
     torch.manual_seed(args.seed)
     args.device, args.dtype = runs.choose_device(args.device, args.dtype)
@@ -105,10 +106,11 @@ def setup(args, saved=None):
             check_causal(agents[0].policy, trie)
     for agent in agents:
         agent.learner = new_learner(args, agent.policy)
+    base.update(constants())
     if saved:
         state, arrays = saved
         with about("--resume"):
-            runs.require_same([state["settings"], base], "base")
+            runs.require_same([{**base, **state["settings"]}, base], *base)
             for agent in agents:
                 agent.learner.load_state(arrays, state["learners"])
     base["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}

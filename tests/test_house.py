@@ -25,7 +25,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "runs": "errors",
     "options": "errors envs rewards runs",
     "train": "errors envs rewards lora trie policy ppo runs options",
-    "evaluate": "errors envs rewards lora policy runs options",
+    "evaluate": "errors envs rewards lora policy ppo runs options",
 }
 OUTSIDE = {
     ".": "huggingface_hub",  # it comes with transformers

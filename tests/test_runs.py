@@ -291,6 +291,15 @@ def test_a_row_with_other_columns_is_no_row(tmp_path):
     assert (tmp_path / "run" / "metrics.csv").read_text() == "update,reward\n1,0.5\n"
 
 
+def test_resume_with_another_constant(whole, capsys, tmp_path, monkeypatch):
+    """They are in the settings, so that a fork's runs are told from others, too."""
+    run = copy_run(whole / "state1", tmp_path / "run")
+    assert read_json(run / "config.json")["CLIP"] == 0.2
+    monkeypatch.setattr("ppo.CLIP", 0.1)
+    with refused(capsys, "--resume", "CLIP: 0.1 and 0.2"):
+        train.main(["--resume", str(run)])
+
+
 def test_resume_with_other_weights(whole, capsys, tmp_path, monkeypatch):
     """What stands in the model's folder has changed since the run was stopped."""
     run = copy_run(whole / "state1", tmp_path / "run")
