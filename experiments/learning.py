@@ -4,7 +4,7 @@
     python experiments/learning.py --model FOLDER              # 24 runs: two fixed opponents
     python experiments/learning.py --model FOLDER --until 1    # and what else train.py takes
 
-What else train.py takes are options that leave runs, game and optimum as they are.
+Further options go to train.py; those that the grid sets itself are refused.
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
