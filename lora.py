@@ -293,7 +293,7 @@ def merge_adapter(model, name):
 
 
 def base_fingerprint(model):
-    """A checksum of 97 to 193 numbers of each tensor: it tells one base model from another.
+    """A checksum of 193 numbers of each tensor at most: it tells one base model from another.
 
     In NF4 the other tensors are bfloat16 on a GPU and float32 on a CPU: it is the same for both.
     """

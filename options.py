@@ -145,7 +145,7 @@ def train_parser(description):
     option("--episodes", "how many games are played in all", type=COUNT)
     option("--batch", "episodes per update", type=COUNT)
     option("--until", "stop above this mean probability of the better action; 1: never", type=until)
-    option("--rounds", "per episode", type=COUNT, default=5)
+    option("--rounds", "per episode; of two learners 3 with --recipe paper", type=COUNT, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
     option(

@@ -56,7 +56,7 @@ def adapt_kl_coef(coef, kl, target, samples):
 
         beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) min(samples / horizon, 1))
 
-    The min is ours: a batch larger than the horizon would carry beta below 0.
+    The min is ours: a batch of more than five horizons would carry beta below 0.
     """
     return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(samples / KL_HORIZON, 1))
 

@@ -7,7 +7,7 @@ For each state: the prompt, an answer sampled as in training, one of two questio
 and the model's own words on it, as in the paper (appendix): sampled with temperature 1, 100 tokens.
 Then the most probable answers, by best-first search: exact. All of it in the first of the four
 orders of the names, where evaluate.py has the mean of them. Nothing of the model's
-generation_config.json acts. Options as in evaluate.py, and --seed.
+generation_config.json acts. Options as in evaluate.py, of one --game, and --seed.
 """
 
 import heapq

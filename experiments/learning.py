@@ -34,7 +34,7 @@ from runs import read_config, read_json, run_name
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
 TOLERANCE = 0.05  # of the optimum
 # What the grid sets itself, or what it is judged by.
-OWN_OPTIONS = ("--reward", "--opponent", "--seed", "--game", "--init", "--resume", "--out")
+OWN_OPTIONS = "--reward --opponent --seed --sampling --game --init --resume --out".split()
 
 
 def list_runs(model, seeds, folder, more):

@@ -9,8 +9,9 @@ Each kind of training has five seeds; two learners have two where the model is n
 
 Free sampling. Runs go to results/MODEL/runs, seed after seed; what is finished is skipped, what was
 interrupted is resumed: the command may be stopped and given again. The tests (random opponent, all
-five games) go to *.json, *.txt and *.md beside them, figure 2a of the paper to
-figures/figure-2a.png, and so on. Another recipe needs other --results.
+five games; for figures 13 and 14 the Prisoner's Dilemma alone) go to *.json, *.txt and *.md beside
+them, figure 2a of the paper to figures/figure-2a.png, and so on. Another recipe needs other
+--results.
 """
 
 import sys
