@@ -28,8 +28,8 @@ import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
+from groups import average_groups, group_by_seed, in_brief, mean_and_interval, show
 from options import train_parser
-from runs import average_groups, group_by_seed, in_brief, mean_and_interval, show
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 

@@ -1,4 +1,4 @@
-"""Everything that is not the method: command line, run folder, resume, seeds, several processes.
+"""Everything that is not the method: command line, run folder, resume, several processes.
 
 A run folder holds
 
@@ -55,11 +55,6 @@ WRITTEN = (
     "value_head.safetensors",
     "result.json",
 )
-
-# Settings in which runs of one group may differ.
-IGNORED = ("seed", "device", "save_every", "versions", "checkpointing")
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False):
@@ -323,100 +318,6 @@ class RunFolder:
         write_json(self.path / "result.json", {**result, "seconds": seconds})
         (self.path / STATE).unlink(missing_ok=True)
         return seconds
-
-
-def mean_and_interval(values):
-    """Leaf by leaf over equally nested dicts: {"mean", "ci95"}, None where a leaf is None.
-
-    ci95 = t s / sqrt(n), Student's t for n - 1 degrees of freedom; None for a single run. (The
-    paper has 1.96 s / sqrt(n), which is too narrow for a few seeds.)
-    """
-    if isinstance(values[0], dict):
-        leaves = {}
-        for key in values[0]:
-            leaves[key] = mean_and_interval([value[key] for value in values])
-        return leaves
-    if None in values:
-        return {"mean": None, "ci95": None}
-    n = len(values)
-    mean = float(np.mean(values))
-    if n == 1:
-        return {"mean": mean, "ci95": None}
-    t = 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2  # two terms of Fisher's expansion
-    if n < 12:
-        t = STUDENT[n - 2]
-    return {"mean": mean, "ci95": t * float(np.std(values, ddof=1)) / math.sqrt(n)}
-
-
-def group_by_seed(configs):
-    """Runs that differ only by their seed, given the settings of each: a list of dicts.
-
-    label, name: in words, the name with the number of seeds;  reward: of the last phase
-    n: how many runs;  runs: their indices
-    Raises InputError if a seed comes twice in a group.
-    """
-    members = {}  # settings as JSON -> indices of the runs that have them
-    for i, config in enumerate(configs):
-        kept = {key: value for key, value in config.items() if key not in IGNORED}
-        members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
-    settings = [json.loads(key) for key in members]
-    groups = []
-    for group_settings, indices in zip(settings, members.values()):
-        title = label(group_settings, settings)
-        seeds = [configs[i]["seed"] for i in indices]
-        if len(set(seeds)) < len(seeds):
-            raise InputError(f"of {title} a seed comes twice: {' '.join(map(str, seeds))}", "RUN")
-        group = {
-            "label": title,
-            "name": f"{title} (n={len(seeds)})" if len(seeds) > 1 else title,
-            "reward": group_settings["reward"][-1],
-            "n": len(seeds),
-            "runs": indices,
-        }
-        groups.append(group)
-    return groups
-
-
-def average_groups(groups, agents):
-    """The groups of `group_by_seed`, with what was measured of their runs.
-
-    agents: of each run, equally nested dicts of figures; a mean and an interval stand at each leaf
-    """
-    averaged = []
-    for group in groups:
-        averaged.append({**group, **mean_and_interval([agents[i] for i in group["runs"]])})
-    return averaged
-
-
-def label(settings, all_settings):
-    """A group in words: its rewards, and what differs between it and the other groups."""
-    title = " then ".join(settings["reward"])
-    differing = []
-    for key in dict.fromkeys(key for other in all_settings for key in other):
-        values = {json.dumps(other.get(key)) for other in all_settings}
-        if len(values) == 1 or key == "reward" or settings.get(key) is None:
-            continue
-        if key == "opponent":
-            title += f" vs {in_brief(settings[key])}"
-        else:
-            differing.append(f"{key} {in_brief(settings[key])}")
-    return ", ".join([title, *differing])
-
-
-def in_brief(value):
-    """A setting in words; if there are more than eight, the first eight of them."""
-    words = in_words(value).split()
-    if len(words) > 8:
-        words = [*words[:8], "..."]
-    return " ".join(words)
-
-
-def show(leaf, digits=3):
-    """0.123, or 0.123±0.004 where there is an interval; - where there is no figure."""
-    if leaf["mean"] is None:
-        return "-"
-    shown = f"{round(leaf['mean'], digits) + 0.0:.{digits}f}"  # no -0.000
-    return shown if leaf["ci95"] is None else f"{shown}±{leaf['ci95']:.{digits}f}"
 
 
 def choose_device(device, dtype):

@@ -16,7 +16,7 @@ import numpy as np
 from envs import ACTION_TYPES
 from errors import InputError, about
 from grid import read_metrics
-from runs import in_brief, mean_and_interval
+from groups import in_brief, mean_and_interval
 
 # Okabe & Ito's colours, safe for the colour-blind: own C blue, own D orange, illegal grey, pale
 # where theirs was D. Agents of one reward differ by hatch or line. Names may have a `$`: no math.

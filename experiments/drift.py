@@ -20,8 +20,9 @@ import torch
 from envs import ILLEGAL, Condition, action_names
 from errors import InputError, stop
 from evaluate import Players
+from groups import average_groups, group_by_seed, show
 from lora import active_adapter
-from runs import Parser, average_groups, check_json, group_by_seed, json_options, save_json, show
+from runs import Parser, check_json, json_options, save_json
 
 PROSE = Path(__file__).resolve().parent / "prose.txt"
 TOKENS = 256

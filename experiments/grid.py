@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from errors import InputError, about
+from groups import show
 from options import parse
-from runs import COUNT, STATE, Parser, read_config, require_same, show
+from runs import COUNT, STATE, Parser, read_config, require_same
 
 
 def read_metrics(run):

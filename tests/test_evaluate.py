@@ -15,9 +15,9 @@ from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, Opponent, memory_
 from errors import InputError
 from evaluate import frequencies
 from grid import read_metrics
+from groups import group_by_seed, mean_and_interval, show
 from options import train_parser
 from rewards import REWARDS, reward_array
-from runs import group_by_seed, mean_and_interval, show
 
 SETTINGS = vars(train_parser("").parse_args([]))  # also those that a fork's rewards read
 BRIEF = ["--prompt", "brief"]  # the model reads it in a third of the time
