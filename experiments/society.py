@@ -7,7 +7,8 @@ For each agent its four numbers, P(C | CC CD DC DD), as a memory-one strategy, a
 the points per round over --rounds and in the long run, of both together and of the one who gets
 less (Rawls). Exploitability: what the best memory-one reply gets against it in the long run, more
 than it gets itself in that place. An agent sits where it learned, whom it meets on the other side,
-with its own sampling; an illegal text counts as it did in training. Options as in evaluate.py.
+with its own sampling; an illegal text counts as it did in training. The options of evaluate.py are
+here, too, but for --opponent and --axes, and --game takes one.
 """
 
 import sys
