@@ -3,8 +3,8 @@
     python experiments/drift.py runs/* --json drift.json
 
 On experiments/prose.txt, which has nothing to do with games: its first 256 tokens (with the one
-that begins a text), read in chunks of 64; the embedded model knows no prose. And in free answers to prompts that ask for one of two
-names without any points: the first two names of training.
+that begins a text), read in chunks of 64; the embedded model knows no prose. And in free answers to
+prompts that ask for one of two names without any points: the first two names of training.
 """
 
 import os
