@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import InputError
-from wordings import LAYOUTS, NAMES, PERSONAS, TEMPLATES
+from wordings import LAYOUTS, PERSONAS, TEMPLATES
 
 C, D, ILLEGAL = range(3)
 STATES = ("CC", "CD", "DC", "DD")
@@ -74,34 +74,6 @@ def payoff_matrix(game, side=0):
     if side == 1:
         return points.transpose(1, 0, 2)[..., ::-1]
     return points
-
-
-def game_words():
-    """What a command line may name as games, in words."""
-    cells = f"eight whole numbers up to {MAX_POINTS}, (own, other's) points in CC CD DC DD"
-    drawn = "in training random (points 0 to 9, new in every update) or contested "
-    drawn += "(random ones in which simple rules disagree)"
-    return f"{', '.join(GAMES)}; {drawn}; or {cells}"
-
-
-def opponent_words():
-    """What a command line may name as an opponent, in words."""
-    other = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
-    return f"{', '.join(STRATEGIES)}; {other}"
-
-
-def parse_games(words):
-    """The games of a command line, a list: keys of GAMES, of DRAWN, or one game of four cells.
-
-    Raises InputError if the words are none of them.
-    """
-    if set(words) <= {*GAMES, *DRAWN}:
-        return words
-    if len(words) == 8 and all(word.removeprefix("-").isdecimal() for word in words):
-        points = np.array([int(word) for word in words])
-        if np.abs(points).max() <= MAX_POINTS:
-            return [as_cells(points)]
-    raise InputError(f"{' '.join(words)!r} is none of: {game_words()}")
 
 
 def as_cells(points):
@@ -174,23 +146,6 @@ class Opponent(NamedTuple):
     def player(self, condition):
         """What a fixed strategy plays, whatever the Condition: [state, order 1, C or D]."""
         return memory_one(self.strategy)
-
-
-def parse_opponent(words):
-    """The Opponent that a command line names. Raises InputError if the words name none."""
-    name = words[0]
-    if len(words) == 1:
-        if name == "learner":
-            return Opponent(learns=True)
-        if name in STRATEGIES:
-            return Opponent(strategy=STRATEGIES[name])
-        if Path(name).is_dir():
-            return Opponent(run=Path(name))
-    if len(words) == 4 and all(word.replace(".", "", 1).isdecimal() for word in words):
-        numbers = tuple(float(word) for word in words)
-        if max(numbers) <= 1:
-            return Opponent(strategy=numbers)
-    raise InputError(f"{' '.join(words)!r} is none of: {opponent_words()}")
 
 
 def as_player(table):
@@ -343,41 +298,6 @@ class Choices(NamedTuple):
         if game in DRAWN:
             game = random_game(rng, contested=game == "contested")
         return Condition(game, tuple(self.actions[i] for i in pair), layout, prompt)
-
-
-def action_names(words):
-    """The names that a command line gives, a list; NAMES if it says "random".
-
-    Raises InputError if a name is empty, unprintable, repeated, or has a `|` or spaces around it.
-    """
-    if words == ["random"]:
-        return NAMES
-    for name in words:
-        if not name or not name.isprintable() or name != name.strip() or "|" in name:
-            rule = "a name is non-empty, printable, and without | or spaces around it"
-            raise InputError(f"{name!r} is no action name: {rule}")
-        if words.count(name) > 1:
-            raise InputError(f"the action name {name!r} is there twice")
-    if len(words) < 2:
-        raise InputError(f"there must be two names or more, not only {words[0]!r}")
-    return words
-
-
-def read_wording(word):
-    """What a command line gives as a wording: a key of TEMPLATES stays, a text file is read.
-
-    Raises InputError if it is neither, or if the template is at fault (`check_template`).
-    """
-    if word in TEMPLATES:
-        return word
-    try:
-        text = Path(word).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        rule = f"name a text file, or one of {', '.join(TEMPLATES)}"
-        raise InputError(f"cannot read {word}: {error}; {rule}") from None
-    template = text.rstrip("\n")  # editors add a line's end
-    check_template(template)
-    return template
 
 
 def fields(payoffs, names, layout, own, other, order):

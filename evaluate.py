@@ -29,7 +29,17 @@ import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
 from groups import average_groups, group_by_seed, in_brief, mean_and_interval, show
-from options import train_parser
+from options import (
+    Parser,
+    action_names,
+    game_words,
+    number,
+    opponent_words,
+    parse_games,
+    parse_opponent,
+    read_wording,
+    train_parser,
+)
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
@@ -135,14 +145,14 @@ def measure(player, payoffs, opponent, opponent_opening, rounds, settings, rewar
 
 def evaluate_parser(description, games=tuple(envs.GAMES)):
     """The options that evaluate.py shares with the experiments; games: the default."""
-    parser = runs.Parser(description)
+    parser = Parser(description)
     option = parser.option
     wording = f"the wording: {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
     wording += "{second} for the actions, see envs.fields"
     names = {"nargs": 2, "metavar": ("C_NAME", "D_NAME"), "default": ["action3", "action4"]}
     personas = ["none", *envs.PERSONAS]
     option("runs", "run folders of one base model", metavar="RUN", type=Path, nargs="+")
-    option("--game", envs.game_words(), default=list(games), nargs="+")
+    option("--game", game_words(), default=list(games), nargs="+")
     option("--actions", "the names of C and D", **names)
     option("--layout", "of the payoffs", choices=envs.LAYOUTS, default="original")
     option("--prompt", wording, default="structured")
@@ -156,8 +166,8 @@ def parse(argv=None):
     """The settings of this program; argv: a list of words, by default the command line."""
     axes = "vary names, layout, wording and persona, one at a time, on the first --game"
     parser = evaluate_parser(__doc__)
-    parser.option("--opponent", envs.opponent_words(), default=["random"], nargs="+")
-    parser.option("--rounds", "per episode", type=runs.number(int, 1, 10**6), default=5)
+    parser.option("--opponent", opponent_words(), default=["random"], nargs="+")
+    parser.option("--rounds", "per episode", type=number(int, 1, 10**6), default=5)
     parser.option("--axes", axes, action="store_true")
     return parser.parse_args(argv)
 
@@ -165,13 +175,13 @@ def parse(argv=None):
 def read_conditions(args):
     """The Conditions of the command line, one for each game. Raises InputError."""
     with about("--game"):
-        games = envs.parse_games(args.game)
+        games = parse_games(args.game)
         if set(games) & set(envs.DRAWN):
             raise InputError("drawn games are for training: name games, or eight numbers")
     with about("--actions"):
-        names = tuple(envs.action_names(args.actions))
+        names = tuple(action_names(args.actions))
     with about("--prompt"):
-        wording = envs.read_wording(args.prompt)
+        wording = read_wording(args.prompt)
     return [envs.Condition(game, names, args.layout, wording, args.persona) for game in games]
 
 
@@ -297,7 +307,7 @@ def list_tests(args, conditions, players):
 
 def knows_both_roles(config, names):
     """Whether a run was trained with these names, either of them for C."""
-    known = envs.action_names(config["actions"])
+    known = action_names(config["actions"])
     return len(known) > 2 and {*names} <= {*known}
 
 
@@ -307,7 +317,7 @@ def evaluate(args):
     Raises InputError.
     """
     with about("--opponent"):
-        opponent = envs.parse_opponent(args.opponent)
+        opponent = parse_opponent(args.opponent)
         if opponent.learns:
             raise InputError("learner is for training: name its run folder, RUN/opponent")
         if opponent.run:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from errors import InputError
-from runs import in_words
+from options import in_words
 
 # Settings in which runs of one group may differ.
 IGNORED = ("seed", "device", "save_every", "versions", "checkpointing")

@@ -1,21 +1,22 @@
-"""The settings of a run: the options of train.py, their defaults, and how a command line is read.
+"""The command line: recipes, the options of train.py, and what the words of any program mean.
 
 Some defaults depend on the model and on --recipe: a preset has them, and what the command line
 gives goes before it. `--recipe quick` is EMBEDDED or OTHER. A new option is one line here; then it
 is in the settings of the run, which config.json keeps and the formulas of rewards.py are given.
 """
 
+import argparse
 import math
 import sys
-from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 import envs
 import rewards
 import runs
 from errors import InputError, about
-from runs import COUNT, NONNEGATIVE, POSITIVE, Parser, number
 
 EMBEDDED = {
     "until": 1.0,
@@ -136,8 +137,8 @@ def train_parser(description):
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
     option("--recipe", RECIPE_WORDS, choices=RECIPES, default="quick")
-    option("--game", envs.game_words(), metavar="GAME", default=["ipd"], nargs="+")
-    option("--opponent", envs.opponent_words(), default=["tit-for-tat"], nargs="+")
+    option("--game", game_words(), metavar="GAME", default=["ipd"], nargs="+")
+    option("--opponent", opponent_words(), default=["tit-for-tat"], nargs="+")
     option("--sampling", sampling, choices=("constrained", "free"))
     option("--actions", names, metavar="NAME", default=["action1", "action2"], nargs="+")
     option("--layout", "of the payoffs", choices=envs.LAYOUTS, default=["original"], nargs="+")
@@ -186,9 +187,9 @@ def parse(argv=None, description=""):
     parser.set_defaults(**preset(given.recipe, given.model, given.opponent))
     args = parser.parse_args(argv)  # once more, over the recipe's defaults
     with about("--prompt"):
-        args.prompt = [envs.read_wording(word) for word in args.prompt]
+        args.prompt = [read_wording(word) for word in args.prompt]
     with about("--opponent"):
-        opponent = envs.parse_opponent(args.opponent)
+        opponent = parse_opponent(args.opponent)
         if opponent.run:
             runs.read_config(opponent.run)
     if Path(args.model).is_dir() and args.model != "tiny":
@@ -226,16 +227,16 @@ def parse_resume(given, words):
             names = ", ".join(sorted(lacking))
             raise InputError(f"the run is older than these options, start it anew: {names}")
     del config["base"], config["versions"]  # they are found out anew
-    args = Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
+    args = argparse.Namespace(**config, resume=given.resume, out=given.resume, overwrite=False)
     return args, (state, arrays)
 
 
 def read_choices(args):
     """What an update's Condition is drawn from. Raises InputError."""
     with about("--game"):
-        games = envs.parse_games(args.game)
+        games = parse_games(args.game)
     with about("--actions"):
-        names = envs.action_names(args.actions)
+        names = action_names(args.actions)
     return envs.Choices(game=games, actions=names, layout=args.layout, prompt=args.prompt)
 
 
@@ -246,3 +247,125 @@ def phases(args):
         first_episode = args.episodes * i // len(args.reward)
         starts.append(math.ceil(first_episode / args.batch))
     return starts, math.ceil(args.episodes / args.batch)
+
+
+def game_words():
+    """What a command line may name as games, in words."""
+    cells = f"eight whole numbers up to {envs.MAX_POINTS}, (own, other's) points in CC CD DC DD"
+    drawn = "in training random (points 0 to 9, new in every update) or contested "
+    drawn += "(random ones in which simple rules disagree)"
+    return f"{', '.join(envs.GAMES)}; {drawn}; or {cells}"
+
+
+def opponent_words():
+    """What a command line may name as an opponent, in words."""
+    other = "four numbers from 0 to 1, P(C | CC CD DC DD); a run folder; or in training learner"
+    return f"{', '.join(envs.STRATEGIES)}; {other}"
+
+
+def parse_games(words):
+    """The games of a command line, a list: keys of GAMES, of DRAWN, or one game of four cells.
+
+    Raises InputError if the words are none of them.
+    """
+    if set(words) <= {*envs.GAMES, *envs.DRAWN}:
+        return words
+    if len(words) == 8 and all(word.removeprefix("-").isdecimal() for word in words):
+        points = np.array([int(word) for word in words])
+        if np.abs(points).max() <= envs.MAX_POINTS:
+            return [envs.as_cells(points)]
+    raise InputError(f"{' '.join(words)!r} is none of: {game_words()}")
+
+
+def parse_opponent(words):
+    """The Opponent that a command line names. Raises InputError if the words name none."""
+    name = words[0]
+    if len(words) == 1:
+        if name == "learner":
+            return envs.Opponent(learns=True)
+        if name in envs.STRATEGIES:
+            return envs.Opponent(strategy=envs.STRATEGIES[name])
+        if Path(name).is_dir():
+            return envs.Opponent(run=Path(name))
+    if len(words) == 4 and all(word.replace(".", "", 1).isdecimal() for word in words):
+        numbers = tuple(float(word) for word in words)
+        if max(numbers) <= 1:
+            return envs.Opponent(strategy=numbers)
+    raise InputError(f"{' '.join(words)!r} is none of: {opponent_words()}")
+
+
+def action_names(words):
+    """The names that a command line gives, a list; NAMES if it says "random".
+
+    Raises InputError if a name is empty, unprintable, repeated, or has a `|` or spaces around it.
+    """
+    if words == ["random"]:
+        return envs.NAMES
+    for name in words:
+        if not name or not name.isprintable() or name != name.strip() or "|" in name:
+            rule = "a name is non-empty, printable, and without | or spaces around it"
+            raise InputError(f"{name!r} is no action name: {rule}")
+        if words.count(name) > 1:
+            raise InputError(f"the action name {name!r} is there twice")
+    if len(words) < 2:
+        raise InputError(f"there must be two names or more, not only {words[0]!r}")
+    return words
+
+
+def read_wording(word):
+    """What a command line gives as a wording: a key of TEMPLATES stays, a text file is read.
+
+    Raises InputError if it is neither, or if the template is at fault (`check_template`).
+    """
+    if word in envs.TEMPLATES:
+        return word
+    try:
+        text = Path(word).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        rule = f"name a text file, or one of {', '.join(envs.TEMPLATES)}"
+        raise InputError(f"cannot read {word}: {error}; {rule}") from None
+    template = text.rstrip("\n")  # editors add a line's end
+    envs.check_template(template)
+    return template
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: a finite int or float from `low` (or strictly above it) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if low <= value <= high and math.isfinite(value) and not (above and value == low):
+            return value
+        least = f"above {low}" if above else f"at least {low}"
+        raise argparse.ArgumentTypeError(f"must be finite, {least}, at most {high}, not {text}")
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value"
+    return parse
+
+
+COUNT = number(int, 1, 10**9)
+POSITIVE = number(float, 0, above=True)
+NONNEGATIVE = number(float, 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help is the script's docstring and shows the defaults; its errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            usage=argparse.SUPPRESS,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def option(self, flag, help, **kwargs):
+        default = kwargs.get("default")
+        if default is not None:
+            help += f" [{in_words(default)}]"
+        self.add_argument(flag, help=help, **kwargs)
+
+
+def in_words(value):
+    """The value of an option as a command line has it: str."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

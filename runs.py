@@ -1,4 +1,4 @@
-"""Everything that is not the method: command line, run folder, resume, several processes.
+"""What is not the method: the run folder, resume, several processes.
 
 A run folder holds
 
@@ -25,7 +25,6 @@ The columns of metrics.csv, those of a learning opponent with opponent_ before t
     the others          see `Learner.report` in ppo.py
 """
 
-import argparse
 import csv
 import io
 import json
@@ -55,48 +54,6 @@ WRITTEN = (
     "value_head.safetensors",
     "result.json",
 )
-
-
-def number(kind, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: a finite int or float from `low` (or strictly above it) to `high`."""
-
-    def parse(text):
-        value = kind(text)
-        if low <= value <= high and math.isfinite(value) and not (above and value == low):
-            return value
-        least = f"above {low}" if above else f"at least {low}"
-        raise argparse.ArgumentTypeError(f"must be finite, {least}, at most {high}, not {text}")
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value"
-    return parse
-
-
-COUNT = number(int, 1, 10**9)
-POSITIVE = number(float, 0, above=True)
-NONNEGATIVE = number(float, 0)
-
-
-class Parser(argparse.ArgumentParser):
-    """Its help is the script's docstring and shows the defaults; its errors are one line."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            usage=argparse.SUPPRESS,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def option(self, flag, help, **kwargs):
-        default = kwargs.get("default")
-        if default is not None:
-            help += f" [{in_words(default)}]"
-        self.add_argument(flag, help=help, **kwargs)
-
-
-def in_words(value):
-    """The value of an option as a command line has it: str."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @contextmanager

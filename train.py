@@ -26,7 +26,7 @@ import rewards
 import runs
 from envs import ILLEGAL, STATES, C, as_player, by_state
 from errors import InputError, about, stop
-from options import parse, phases, read_choices
+from options import parse, parse_opponent, phases, read_choices
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
@@ -95,7 +95,7 @@ def setup(args, saved=None):
             runs.require_same([same, runs.read_config(args.init)], *same)
             agents[0].policy.load(args.init, value_head=True)
     with about("--opponent"):
-        opponent = envs.parse_opponent(args.opponent)
+        opponent = parse_opponent(args.opponent)
     if opponent.learns:
         opponent = new_agent(args, model, tokenizer, "opponent", side=1)
         agents.append(opponent)

@@ -28,8 +28,9 @@ from envs import ORDERS, STATES, C, D, build_prompts
 from errors import InputError, stop
 from evaluate import evaluate_parser, prepare
 from lora import active_adapter
+from options import number
 from policy import write_chats
-from runs import number, save_json
+from runs import save_json
 from trie import Trie
 
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")

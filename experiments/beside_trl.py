@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from envs import ORDERS, OWN, C
 from errors import InputError, stop
-from options import preset
+from options import Parser, number, preset
 from policy import load_model, prompt_heads
-from runs import Parser, check_json, json_options, number, save_json
+from runs import check_json, json_options, save_json
 from speed import GB, ROUNDS, Job, load
 
 

@@ -17,12 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, s
 import numpy as np
 import torch
 
-from envs import ILLEGAL, Condition, action_names
+from envs import ILLEGAL, Condition
 from errors import InputError, stop
 from evaluate import Players
 from groups import average_groups, group_by_seed, show
 from lora import active_adapter
-from runs import Parser, check_json, json_options, save_json
+from options import Parser, action_names
+from runs import check_json, json_options, save_json
 
 PROSE = Path(__file__).resolve().parent / "prose.txt"
 TOKENS = 256

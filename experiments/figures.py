@@ -45,7 +45,8 @@ from drawing import (
 from envs import ACTION_TYPES, STATES, count_column
 from errors import InputError, about, stop
 from evaluate import share_of_illegal
-from runs import Parser, check_free, read_json, writing
+from options import Parser
+from runs import check_free, read_json, writing
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 LINES = ("-", "--", ":", "-.")

@@ -12,8 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 from errors import InputError, about
 from groups import show
-from options import parse
-from runs import COUNT, STATE, Parser, read_config, require_same
+from options import COUNT, Parser, parse
+from runs import STATE, read_config, require_same
 
 
 def read_metrics(run):

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import InputError, about, stop
 from evaluate import Players
 from lora import merge_adapter
-from runs import Parser, writing
+from options import Parser
+from runs import writing
 
 
 def main(argv=None):

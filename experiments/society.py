@@ -22,8 +22,9 @@ import numpy as np
 from envs import MIRROR, STRATEGIES, C, Opponent, legal_moves, memory_one, payoff_matrix
 from errors import InputError, about, stop
 from evaluate import evaluate_parser, first_state, frequencies, prepare, shares, transitions
+from options import COUNT
 from rewards import reward_array
-from runs import COUNT, require_same, save_json
+from runs import require_same, save_json
 
 
 def long_run(chain):

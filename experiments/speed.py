@@ -28,11 +28,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 import envs
 from errors import InputError, about, stop
 from lora import active_adapter, add_adapter
-from options import preset
+from options import COUNT, Parser, preset
 from policy import Policy, load_model
 from ppo import Learner
 from rewards import reward_array
-from runs import COUNT, Parser
 
 SIZES = (1, 16, 1_000, 10_000)  # episodes in an update
 ROUNDS = 5

@@ -33,7 +33,8 @@ import rewards
 from envs import ILLEGAL, OTHER, C, D, payoff_matrix
 from errors import InputError, about, stop
 from evaluate import Players
-from runs import Parser, check_json, json_options, save_json
+from options import Parser, action_names
+from runs import check_json, json_options, save_json
 from wordings import LAYOUTS
 
 GAME_COUNT = 200
@@ -221,7 +222,7 @@ def at_home(players, run, sampling):
     Returns it for these names as they are, and exchanged; None where the reward asks for nothing.
     """
     config = players.configs[run]
-    names = tuple(envs.action_names(config["actions"])[:2])
+    names = tuple(action_names(config["actions"])[:2])
     scores = []
     for actions in (names, names[::-1]):
         condition = envs.Condition("ipd", actions, config["layout"][0], config["prompt"][0])
@@ -246,7 +247,7 @@ def test_run(players, run, test, sampling, wording=None):
         "run": str(run),
         "reward": reward,
         "wording": wording or config["prompt"][0],
-        "names": len(envs.action_names(config["actions"])),
+        "names": len(action_names(config["actions"])),
         "agent": score(tuned, cases, reward),
         "home": None if wording else at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
@@ -302,7 +303,7 @@ def warn_of_known_names(players, runs, test):
     """Say of which runs the names are not new."""
     tested = {name for pair in test["pairs"] for name in pair}
     for run in runs:
-        known = sorted(tested & {*envs.action_names(players.configs[run]["actions"])})
+        known = sorted(tested & {*action_names(players.configs[run]["actions"])})
         if known:
             print(f"warning: {run} was trained with {' '.join(known)}", file=sys.stderr)
 
@@ -323,7 +324,7 @@ def main(argv=None):
         test = FINAL if args.final else DEVELOPMENT
         if args.actions:
             with about("--actions"):
-                test = {**test, "pairs": (tuple(envs.action_names(args.actions)),)}
+                test = {**test, "pairs": (tuple(action_names(args.actions)),)}
         warn_of_known_names(players, args.runs, test)
         results = [test_run(players, run, test, args.sampling) for run in args.runs]
         print_results(results)

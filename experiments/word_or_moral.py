@@ -18,7 +18,8 @@ import numpy as np
 
 from drawing import AGENT_COLOURS, new_figure, style
 from errors import InputError, about, stop
-from runs import Parser, check_free, read_json, writing
+from options import Parser
+from runs import check_free, read_json, writing
 from transfer import OWN_RULE
 
 TITLE = "Does an agent do what its reward asks for? Probability of the right action"

@@ -8,6 +8,7 @@ import pytest
 import envs
 from envs import ILLEGAL, C, Condition, D, build_prompts, memory_one, payoff_matrix, play
 from errors import InputError
+from options import action_names, parse_games, parse_opponent, read_wording
 from policy import encode
 
 ALWAYS = np.eye(3)[:, None, None] * np.ones((4, 4, 1))  # ALWAYS[C] plays C everywhere
@@ -39,19 +40,19 @@ def test_payoffs_are_own_first():
 
 
 def test_what_a_command_line_lists(tmp_path):
-    assert envs.parse_games(["chicken", "random"]) == ["chicken", "random"]
-    assert envs.parse_games(["contested"]) == ["contested"]
-    assert envs.parse_games("3 3 -1 4 4 -1 0 0".split()) == [((3, 3), (-1, 4), (4, -1), (0, 0))]
+    assert parse_games(["chicken", "random"]) == ["chicken", "random"]
+    assert parse_games(["contested"]) == ["contested"]
+    assert parse_games("3 3 -1 4 4 -1 0 0".split()) == [((3, 3), (-1, 4), (4, -1), (0, 0))]
     for words in ("checkers", "3 3 0 4 4 0 1", "3 3 0 4 4 0 1 x", "3 3 0 4 4 0 1 0.5", "ipd 1"):
         with pytest.raises(InputError, match="none of"):
-            envs.parse_games(words.split())
-    assert envs.parse_opponent(["tit-for-tat"]).strategy == (1, 0, 1, 0)
-    assert envs.parse_opponent(["learner"]) == envs.Opponent(learns=True)
-    assert envs.parse_opponent([str(tmp_path)]) == envs.Opponent(run=tmp_path)
-    assert envs.parse_opponent("1 0.3 1 0.3".split()).strategy == (1, 0.3, 1, 0.3)
+            parse_games(words.split())
+    assert parse_opponent(["tit-for-tat"]).strategy == (1, 0, 1, 0)
+    assert parse_opponent(["learner"]) == envs.Opponent(learns=True)
+    assert parse_opponent([str(tmp_path)]) == envs.Opponent(run=tmp_path)
+    assert parse_opponent("1 0.3 1 0.3".split()).strategy == (1, 0.3, 1, 0.3)
     for words in ("no/folder", "1 0 1", "1 0 1 2", "-0.1 0 0 0", "nan 0 0 0", "1 0 1 0 1"):
         with pytest.raises(InputError, match="none of"):
-            envs.parse_opponent(words.split())
+            parse_opponent(words.split())
 
 
 @pytest.mark.parametrize(
@@ -201,8 +202,8 @@ def test_the_explicit_wording_gives_no_meaning_away():
 )
 def test_names(names):
     with pytest.raises(InputError, match="name"):
-        envs.action_names(names)
-    assert envs.action_names(["random"]) == envs.action_names(envs.NAMES) == envs.NAMES
+        action_names(names)
+    assert action_names(["random"]) == action_names(envs.NAMES) == envs.NAMES
 
 
 BAD_TEMPLATES = {
@@ -277,7 +278,7 @@ def test_a_wording_from_a_file(tmp_path):
     """Neither a byte order mark nor a final newline is part of it."""
     file = tmp_path / "wording.txt"
     file.write_bytes(b"\xef\xbb\xbf{first} or {second}?\r\n")
-    assert envs.read_wording(str(file)) == "{first} or {second}?"
-    assert envs.read_wording("poetic") == "poetic"
+    assert read_wording(str(file)) == "{first} or {second}?"
+    assert read_wording("poetic") == "poetic"
     with pytest.raises(InputError, match="name a text file, or one of structured"):
-        envs.read_wording("hiaku")
+        read_wording("hiaku")

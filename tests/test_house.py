@@ -23,7 +23,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "policy": "errors nf4 lora trie",
     "ppo": "errors lora",
     "runs": "errors",
-    "groups": "errors runs",
+    "groups": "errors options",
     "options": "errors envs rewards runs",
     "train": "errors envs rewards lora trie policy ppo runs options",
     "evaluate": "errors envs rewards lora policy ppo runs groups options",

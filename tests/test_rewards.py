@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 
-import envs
 import rewards
 from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
 from errors import InputError
-from options import train_parser
+from options import parse_games, train_parser
 from rewards import REWARDS, optimum, reward_array, share_right
 
 IPD = payoff_matrix("ipd")
@@ -134,10 +133,10 @@ def test_what_is_added_to_all_points_changes_no_optimum(reward):
         ):
             assert best.tolist() == [int(p) for p in OPTIMA[reward]]
     most = "1000000 -1000000 0 4 4 0 1".split()
-    assert envs.parse_games([*most, "1"])[0][0] == (10**6, -(10**6))
+    assert parse_games([*most, "1"])[0][0] == (10**6, -(10**6))
     for point in ("1000001", "-1000001"):
         with pytest.raises(InputError, match="up to 1000000"):
-            envs.parse_games([*most, point])
+            parse_games([*most, point])
 
 
 def test_where_nothing_is_better():
