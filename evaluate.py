@@ -443,7 +443,7 @@ def print_head(results):
     for key, values in tested.items():
         others = set()
         for run in results["runs"]:
-            trained = envs.NAMES if run[key] == ["random"] else run[key]
+            trained = action_names(run[key]) if key == "actions" else run[key]
             if not values <= {*trained}:
                 others.add(in_brief(run[key]))
         if others:

@@ -17,6 +17,7 @@ import envs
 import rewards
 import runs
 from errors import InputError, about
+from wordings import NAMES, TEMPLATES
 
 EMBEDDED = {
     "until": 1.0,
@@ -131,8 +132,8 @@ def train_parser(description):
     penalty = number(float, 0, envs.MAX_POINTS)
     points = number(float, -envs.MAX_POINTS, 0)
     sampling = "constrained: one of the two names; free: any text, illegal if it begins with none"
-    names = f"of C and D; of more, or of random ({len(envs.NAMES)}), every update draws two"
-    wording = f"{', '.join(envs.TEMPLATES)}, or a text file with {{first}} and {{second}}"
+    names = f"of C and D; of more, or of random ({len(NAMES)}), every update draws two"
+    wording = f"{', '.join(TEMPLATES)}, or a text file with {{first}} and {{second}}"
 
     option("--reward", "in phases of equal length", choices=rewards.REWARDS, nargs="+")
     option("--model", "tiny (embedded), a folder, or a name on the hub", default="tiny")
@@ -300,7 +301,7 @@ def action_names(words):
     Raises InputError if a name is empty, unprintable, repeated, or has a `|` or spaces around it.
     """
     if words == ["random"]:
-        return envs.NAMES
+        return NAMES
     for name in words:
         if not name or not name.isprintable() or name != name.strip() or "|" in name:
             rule = "a name is non-empty, printable, and without | or spaces around it"
@@ -317,12 +318,12 @@ def read_wording(word):
 
     Raises InputError if it is neither, or if the template is at fault (`check_template`).
     """
-    if word in envs.TEMPLATES:
+    if word in TEMPLATES:
         return word
     try:
         text = Path(word).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        rule = f"name a text file, or one of {', '.join(envs.TEMPLATES)}"
+        rule = f"name a text file, or one of {', '.join(TEMPLATES)}"
         raise InputError(f"cannot read {word}: {error}; {rule}") from None
     template = text.rstrip("\n")  # editors add a line's end
     envs.check_template(template)

@@ -10,6 +10,7 @@ from envs import ILLEGAL, C, Condition, D, build_prompts, memory_one, payoff_mat
 from errors import InputError
 from options import action_names, parse_games, parse_opponent, read_wording
 from policy import encode
+from wordings import NAMES
 
 ALWAYS = np.eye(3)[:, None, None] * np.ones((4, 4, 1))  # ALWAYS[C] plays C everywhere
 
@@ -203,7 +204,7 @@ def test_the_explicit_wording_gives_no_meaning_away():
 def test_names(names):
     with pytest.raises(InputError, match="name"):
         action_names(names)
-    assert action_names(["random"]) == action_names(envs.NAMES) == envs.NAMES
+    assert action_names(["random"]) == action_names(NAMES) == NAMES
 
 
 BAD_TEMPLATES = {

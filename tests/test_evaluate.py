@@ -18,6 +18,7 @@ from grid import read_metrics
 from groups import group_by_seed, mean_and_interval, show
 from options import train_parser
 from rewards import REWARDS, reward_array
+from wordings import NAMES
 
 SETTINGS = vars(train_parser("").parse_args([]))  # also those that a fork's rewards read
 BRIEF = ["--prompt", "brief"]  # the model reads it in a third of the time
@@ -212,7 +213,7 @@ def test_the_head_says_what_training_had(run, tmp_path, capsys):
 def test_what_is_new_at_test_is_not_in_the_built_in_names():
     tested = {name for pair in evaluate.AXES["actions"] for name in pair}
     tested -= {"action1", "action2"}  # these are the default of training
-    assert not {*envs.NAMES} & tested and len({*envs.NAMES}) == len(envs.NAMES)
+    assert not {*NAMES} & tested and len({*NAMES}) == len(NAMES)
 
 
 def test_both_roles_and_the_warning(free, tmp_path, capsys):

@@ -24,7 +24,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "ppo": "errors lora",
     "runs": "errors",
     "groups": "errors options",
-    "options": "errors envs rewards runs",
+    "options": "errors wordings envs rewards runs",
     "train": "errors envs rewards lora trie policy ppo runs options",
     "evaluate": "errors envs rewards lora policy ppo runs groups options",
 }
