@@ -337,13 +337,8 @@ def evaluate(args):
     results["sampling"] = args.sampling or configs[0]["sampling"]
 
     with tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None) as bar:
-        # The untuned model has no settings and no side of its own: those of the first run.
-        side = players.side(args.runs[0])
-        baseline = test_agent(None, side, configs[0], args, opponent, tests, players, bar)
-        measured = []
-        for run, config in zip(args.runs, configs):
-            side = players.side(run)
-            measured.append(test_agent(run, side, config, args, opponent, tests, players, bar))
+        baseline = test_agent(None, args, opponent, tests, players, bar)
+        measured = [test_agent(run, args, opponent, tests, players, bar) for run in args.runs]
     results["baseline"] = baseline
     results["runs"] = []
     for run, config, measures in zip(args.runs, configs, measured):
@@ -355,13 +350,17 @@ def evaluate(args):
     return results
 
 
-def test_agent(run, side, settings, args, opponent, tests, players, bar):
+def test_agent(run, args, opponent, tests, players, bar):
     """What `measure` returns of the agent of a run (None: untuned) in each test: nested dicts."""
+    # The untuned model has no settings and no side of its own: those of the first run.
+    settings = players.configs[run or args.runs[0]]
+    side = players.side(run or args.runs[0])
     result = {}
     for path, condition in tests:
-        other = opponent.player(condition) if opponent.strategy else None
         if opponent.run:
             other = players.player(opponent.run, condition, 1 - side)
+        else:
+            other = opponent.player(condition)
         measures = measure(
             player=players.player(run, condition, side, args.sampling),
             payoffs=envs.payoff_matrix(condition.game, side),

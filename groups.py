@@ -5,6 +5,7 @@ A figure of a group is a leaf {"mean", "ci95"}; figures of an agent come in nest
 
 import json
 import math
+import re
 
 import numpy as np
 
@@ -50,6 +51,8 @@ def group_by_seed(configs):
     members = {}  # settings as JSON -> indices of the runs that have them
     for i, config in enumerate(configs):
         kept = {key: value for key, value in config.items() if key not in IGNORED}
+        if kept.get("init"):  # each seed may go on from a run of its own
+            kept["init"] = re.sub(r"-seed\d+$", "-seedN", kept["init"])
         members.setdefault(json.dumps(kept, sort_keys=True), []).append(i)
     settings = [json.loads(key) for key in members]
     groups = []

@@ -150,11 +150,7 @@ def train_parser(description):
     option("--rounds", "per episode; of two learners 3 with --recipe paper", type=COUNT, default=5)
     option("--xi", "penalty for betraying a cooperator, points", type=penalty, default=3.0)
     option("--illegal", "reward of an illegal answer, points", type=points, default=-6.0)
-    option(
-        "--lr",
-        "Adam's; it falls to 0 where games, names or texts vary, but not with --recipe paper",
-        type=POSITIVE,
-    )
+    option("--lr", "Adam's; it falls to 0 where games, names or texts vary", type=POSITIVE)
     option("--rank", "of the LoRA adapter", type=number(int, 1, 10**5))
     option("--alpha", "of the LoRA adapter: it is scaled by alpha / rank", type=POSITIVE)
     option("--epochs", "optimizer steps per update", type=COUNT)
@@ -193,6 +189,9 @@ def parse(argv=None, description=""):
         opponent = parse_opponent(args.opponent)
         if opponent.run:
             runs.read_config(opponent.run)
+    if args.init:
+        with about("--init"):
+            runs.read_config(args.init)
     if Path(args.model).is_dir() and args.model != "tiny":
         args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
 
@@ -201,10 +200,10 @@ def parse(argv=None, description=""):
         if given.until and given.until < 1:
             raise InputError("not with --gamma, nor where games, names or texts vary", "--until")
         args.until = 1.0
-    if args.batch * args.rounds < 2:
-        raise InputError(
-            "an update learns from two rounds at least: raise one of them", "--batch, --rounds"
-        )
+    last_batch = args.episodes % args.batch or args.batch
+    if last_batch * args.rounds < 2:
+        rule = "the last update has one round, and learns from two at least: change one of them"
+        raise InputError(rule, "--episodes, --batch, --rounds")
     starts, total = phases(args)
     if any(start >= end for start, end in pairwise([*starts, total])):
         raise InputError("each of the phases needs an update of its own: raise it", "--episodes")

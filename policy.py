@@ -278,10 +278,9 @@ class Policy:
             table = shared_table(trie, torch.cat([log_probs, values], dim=1)).cpu()
         if not table.isfinite().all():
             if reference:
-                reason = "the model's own probabilities are not finite: train with --dtype float32"
-                raise InputError(reason, "--model")
+                raise InputError("the base model's answers are not finite: try --dtype float32")
             self.reference(trie)  # it may be the base that is not finite
-            raise InputError("the policy is no longer finite: start again with a lower one", "--lr")
+            raise InputError("the policy is no longer finite: train again with a lower --lr")
         return table[:, :-1], table[:, -1]
 
     def read(self, trie):

@@ -25,7 +25,6 @@ KL_HORIZON = 10_000  # samples over which the KL coefficient adapts
 RATIO_THRESHOLD = 10  # a mean ratio above it ends the update
 # Ours.
 ADAM_EPS = 1e-5  # as in CleanRL; with torch's 1e-8 a rare gradient becomes a large step
-MAX_SKIPPED = 10  # so many updates in a row with a number that is not finite end the run
 
 
 def constants():
@@ -116,8 +115,6 @@ class Learner:
         self.gamma = gamma
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=ADAM_EPS, fused=True)
         self.moments = RunningMoments()
-        self.skipped = 0  # updates that broke off at a number that is not finite
-        self.skipped_in_a_row = 0
 
     def check_adapter(self):
         """Raise RuntimeError if the policy has got another adapter meanwhile."""
@@ -135,6 +132,7 @@ class Learner:
         table:  (log-probabilities [P, K], values [P]), what it answered; if they carry their graph
                 the first epoch needs no pass of its own
         row, action, reward: arrays [episode, round]: rows of the table, answers to them, points
+        Raises InputError, before the step, if a loss or a gradient is not finite.
         """
         self.check_adapter()
         row = torch.from_numpy(row)
@@ -178,19 +176,22 @@ class Learner:
                 (policy_loss + VF_COEF * value_loss).backward()
             norm = torch.nn.utils.get_total_norm(sum_gradients(self.parameters)).item()
 
-            # Step: not if a number is not finite, nor far from the policy that played.
-            finite = math.isfinite(policy_loss.item() + value_loss.item() + norm)
-            if not finite or ratio.mean() > RATIO_THRESHOLD:
+            # Step, but not far from the policy that played.
+            if not math.isfinite(policy_loss.item() + value_loss.item() + norm):
+                raise InputError("the update is not finite: start again with a lower --lr")
+            if ratio.mean() > RATIO_THRESHOLD:
                 break
             self.optimizer.step()
 
         stats = self.report(trie, old_log_probs, row, ratio, policy_loss, value_loss)
-        self.adapt(kl_sample, finite)
         stats["explained_variance"] = (1 - (target - old_value).var() / target.var()).item()
-        return {**stats, "skipped": self.skipped}
+        if self.kl_target:
+            kl = kl_sample.mean().item()
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.kl_target, kl_sample.numel())
+        return stats
 
     def report(self, trie, log_probs, row, ratio, policy_loss, value_loss):
-        """What is logged of an update: dict of floats; `update` adds the last two.
+        """What is logged of an update: dict of floats; `update` adds the last one.
 
         kl, entropy: of the table that was played, so before this update; exact, in nats, a mean
                  over the rounds
@@ -198,7 +199,6 @@ class Learner:
         policy_loss, value_loss, ratio: means of the last epoch
         clipped: share of its ratios that the clip changes; with one epoch the ratio is always 1
         explained_variance: how much of the targets the old values knew (1: all)
-        skipped: updates so far that broke off at a number that is not finite
         """
         log_probs = log_probs.double()
         exact_kl = (log_probs.exp() * (log_probs - self.policy.reference(trie))).sum(dim=1)
@@ -213,22 +213,6 @@ class Learner:
             "clipped": ((ratio - 1).abs() > CLIP).double().mean().item(),
         }
 
-    def adapt(self, kl_sample, finite):
-        """Adapt beta, count what is skipped. Raises InputError at MAX_SKIPPED in a row."""
-        if not finite:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == MAX_SKIPPED:
-                raise InputError(
-                    f"{MAX_SKIPPED} updates in a row were not finite: lower it", "--lr"
-                )
-            return
-        self.skipped_in_a_row = 0
-        if self.kl_target:
-            kl = kl_sample.mean().item()
-            samples = kl_sample.numel()
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, self.kl_target, samples)
-
     def state(self):
         """What changes in training: (tensors by name, numpy arrays; numbers by name, for JSON).
 
@@ -239,12 +223,7 @@ class Learner:
             changing = {"parameter": parameter.detach(), **self.optimizer.state[parameter]}
             for key, value in changing.items():
                 arrays[f"{self.policy.name}.{i}.{key}"] = value.cpu().numpy()
-        numbers = {
-            "kl_coef": self.kl_coef,
-            "moments": dict(vars(self.moments)),
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        numbers = {"kl_coef": self.kl_coef, "moments": dict(vars(self.moments))}
         return arrays, {self.policy.name: numbers}
 
     def load_state(self, arrays, numbers):
@@ -262,5 +241,3 @@ class Learner:
         own_numbers = numbers[self.policy.name]
         self.kl_coef = own_numbers["kl_coef"]
         vars(self.moments).update(own_numbers["moments"])
-        self.skipped = own_numbers["skipped"]
-        self.skipped_in_a_row = own_numbers["skipped_in_a_row"]

@@ -161,15 +161,15 @@ def utilitarian_regret(mean_reward, payoffs, illegal):
     return (best - mean_reward) / (best - worst)
 
 
-def moral_regrets(state, action, move, payoffs, settings):
+def moral_regrets(seen, their_move, payoffs, settings):
     """Both moral regrets of played rounds, as they are logged: dict of floats.
 
-    state, action, move: int arrays [episode, round]; the move is the opponent's
+    seen: the player's envs.Trajectory;  their_move: int [episode, round], the opponent's moves
     """
     means = {}
     for norm in ("deontological", "utilitarian"):
         possible = reward_array(norm, payoffs, settings)
-        means[norm] = float(possible[state, action, move].mean())
+        means[norm] = float(possible[seen.state, seen.action, their_move].mean())
     utilitarian = utilitarian_regret(means["utilitarian"], payoffs, settings["illegal"])
     return {
         "deontological_regret": deontological_regret(means["deontological"]),

@@ -8,10 +8,9 @@ A run folder holds
     adapter_model.safetensors, adapter_config.json, value_head.safetensors, result.json, and for a
     learning opponent opponent/: when training has finished
 
-The folder is begun after the first update: what fails before leaves nothing behind. The state is
-saved as soon as an update has finite numbers; from then on a run without result.json can be
-resumed. JSON files and the state are written to a second file that is then renamed, so a run may be
-killed at any moment.
+The folder is begun after the first update, and the state saved: what fails before leaves nothing
+behind. From then on a run without result.json can be resumed. JSON files and the state are written
+to a second file that is then renamed, so a run may be killed at any moment.
 
 The columns of metrics.csv, those of a learning opponent with opponent_ before them:
 

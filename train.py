@@ -24,13 +24,13 @@ from tqdm import tqdm
 import envs
 import rewards
 import runs
-from envs import ILLEGAL, STATES, C, as_player, by_state
+from envs import ILLEGAL, STATES, C, D, as_player, by_state
 from errors import InputError, about, stop
 from options import parse, parse_opponent, phases, read_choices
 
 # torch and what needs it are imported in functions: --help and a bad option answer at once.
 
-PROGRESS = "reward {reward:+.2f}  right {right:.2f}  KL {kl:.3f}  skipped {skipped}"
+PROGRESS = "reward {reward:+.2f}  right {right:.2f}  KL {kl:.3f}"
 
 
 class Agent:
@@ -72,26 +72,26 @@ def setup(args, saved=None):
     Returns (agents: those that learn, the player first;
              opponent: whom the player meets, an object with `player(condition)` and `opening`; it
              is one of the agents if it learns;
-             base: what config.json holds of the model, PPO's constants and the versions)
+             fixed: what config.json holds of the model, PPO's constants and the versions)
     """
     import torch
     import transformers
 
     from lora import base_fingerprint
-    from policy import check_causal, load_model
+    from policy import load_model
     from ppo import constants
 
     torch.manual_seed(args.seed)
     args.device, args.dtype = runs.choose_device(args.device, args.dtype)
     with about("--model"):
         model, tokenizer = load_model(args.model, args.device, args.dtype, args.checkpointing)
-    base = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
-    tries = check_prompts(args, model, tokenizer)
+    identity = {"model": args.model, "dtype": args.dtype, "base": base_fingerprint(model)}
 
     agents = [new_agent(args, model, tokenizer, "player", side=0)]
+    check_prompts(args, agents[0])
     if args.init and not args.resume:  # a saved state has all of it
         with about("--init"):
-            same = {**base, "rank": args.rank, "alpha": args.alpha}
+            same = {**identity, "rank": args.rank, "alpha": args.alpha}
             runs.require_same([same, runs.read_config(args.init)], *same)
             agents[0].policy.load(args.init, value_head=True)
     with about("--opponent"):
@@ -100,42 +100,36 @@ def setup(args, saved=None):
         opponent = new_agent(args, model, tokenizer, "opponent", side=1)
         agents.append(opponent)
     elif opponent.run:
-        opponent = load_opponent(opponent.run, base, model, tokenizer)
-    with about("--model"):
-        for trie in tries:
-            check_causal(agents[0].policy, trie)
+        opponent = load_opponent(opponent.run, identity, model, tokenizer)
     for agent in agents:
         agent.learner = new_learner(args, agent.policy)
-    base.update(constants())
+    fixed = {**identity, **constants()}
     if saved:
         state, arrays = saved
         with about("--resume"):
-            runs.require_same([{**base, **state["settings"]}, base], *base)
+            runs.require_same([{**fixed, **state["settings"]}, fixed], *fixed)
             for agent in agents:
                 agent.learner.load_state(arrays, state["learners"])
-    base["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    return agents, opponent, base
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    return agents, opponent, {**fixed, "versions": versions}
 
 
-def check_prompts(args, model, tokenizer):
-    """Raise InputError unless the model can read the first game in all layouts and wordings.
+def check_prompts(args, agent):
+    """Raise InputError unless the agent can read the first game in all layouts and wordings.
 
-    All names can be told apart, too. Returns the packed prompts, a list of Tries.
+    All names can be told apart, too.
     """
-    from policy import check_runs, encode
-    from trie import Trie
+    from policy import check_causal, check_runs, encode
 
     choices = read_choices(args)
     first = choices.first()
-    tries = []
-    with about("--actions, --prompt"):
-        encode(tokenizer, envs.build_prompts(first), choices.actions)  # any two of them differ
-        for layout, wording in product(choices.layout, choices.prompt):
-            texts = envs.build_prompts(first._replace(layout=layout, prompt=wording))
-            tries.append(Trie(*encode(tokenizer, texts, first.actions)))
-    with about("--model"):
-        check_runs(model, tries[0])
-    return tries
+    with about("--actions, --prompt"):  # any two of them differ
+        encode(agent.policy.tokenizer, envs.build_prompts(first), choices.actions)
+    for layout, wording in product(choices.layout, choices.prompt):
+        trie = agent.trie(first._replace(layout=layout, prompt=wording))
+        with about("--model"):
+            check_runs(agent.policy.model, trie)
+            check_causal(agent.policy, trie)
 
 
 def new_agent(args, model, tokenizer, name, side):
@@ -162,13 +156,16 @@ def new_learner(args, policy):
     )
 
 
-def load_opponent(run, base, model, tokenizer):
-    """The agent of another run of the same base model. Raises InputError."""
+def load_opponent(run, identity, model, tokenizer):
+    """The agent of another run of the same base model. Raises InputError.
+
+    identity: the base model's own settings of config.json
+    """
     from policy import Policy
 
     with about("--opponent"):
         config = runs.read_config(run)
-        runs.require_same([base, config], *base)
+        runs.require_same([identity, config], *identity)
         policy = Policy(model, tokenizer, "opponent", free=config["sampling"] == "free")
         policy.load(run)
     return Agent(policy, side=1)
@@ -228,7 +225,8 @@ def train(args, agents, opponent, folder, state):
             break
 
         # Play all episodes at once by indexing these probabilities.
-        seen = envs.play(rng, *players, episodes, args.rounds, opponent.opening)
+        opening = opponent.opening
+        seen = envs.play(rng, *players, episodes, args.rounds, opponent_opening=opening)
 
         # Learn: look up what each round was worth, by the moral formula; then PPO on these rounds.
         record = describe_update(update, update * args.batch + episodes, reward, condition)
@@ -256,7 +254,7 @@ def anneal(args, agents, choices, update, total):
     for agent in agents:
         # Where conditions vary the rate decays linearly; else a late noisy step can undo what was
         # learned.
-        if choices.varies() and args.recipe != "paper":
+        if choices.varies():
             agent.learner.set_lr(args.lr * (1 - update / total))
         # A penalty that keeps an agent undecided while it learns may fall, so that it ends up sure.
         if args.kl_final is not None:
@@ -291,7 +289,7 @@ def learn(agent, tries, tables, seen, reward, game, settings):
     log.update(stats)
     for kind, count in envs.action_counts(mine).items():
         log[envs.count_column(kind)] = count
-    log.update(rewards.moral_regrets(mine.state, mine.action, theirs.move, payoffs, settings))
+    log.update(rewards.moral_regrets(mine, theirs.move, payoffs, settings))
     return log
 
 
@@ -318,21 +316,21 @@ def add_columns(record, log, player, side):
 
 
 def save(args, agents, folder, updates, rng, before):
-    """Save all that --resume needs, in the first process, if --save-every seconds are over.
-
-    What is saved is good: no update is being skipped for numbers that are not finite.
-    """
-    good = not any(agent.learner.skipped_in_a_row for agent in agents)
-    if good and runs.is_first() and folder.is_due(args.save_every):
+    """Save all that --resume needs, in the first process, if --save-every seconds are over."""
+    if runs.is_first() and folder.is_due(args.save_every):
         state = {"updates": updates, "rng": rng.bit_generator.state, "before": before}
         folder.save([agent.learner for agent in agents], state)
 
 
-def print_policies(before, after, right_before, right_after):
+def print_policies(condition, before, after, right_before, right_after):
     """Print the players [state, order, outcome] before and after training.
 
+    condition: in which they play so
     right_before, right_after: what `judge` returns of them
     """
+    names = condition.actions
+    game = envs.game_name(condition.game)
+    print(f"\nIn {game}, with {names[C]} for C and {names[D]} for D:")
     titles = ("P(C | own last, their last)", "The opponent's")
     for i, (title, first, last) in enumerate(zip(titles, before, after)):
         print(f"\n{title:30}{'before':>7} {'after':>7}")
@@ -383,9 +381,9 @@ def run(args, saved=None, path=None):
     path = path or args.out
     folder = None
     try:
-        agents, opponent, base = setup(args, saved)
+        agents, opponent, fixed = setup(args, saved)
         print(coverage(agents[0].policy.model), end="")
-        folder = runs.RunFolder(path, {**vars(args), **base})
+        folder = runs.RunFolder(path, {**vars(args), **fixed})
         state = {}
         if saved:
             state, _ = saved
@@ -409,7 +407,7 @@ def run(args, saved=None, path=None):
         if opponent not in agents:
             players = [*players, opponent.player(first)]
         right.append(judge(args.reward[-1], agents, players, first.game, vars(args)))
-    print_policies(before, after, *right)
+    print_policies(first, before, after, *right)
     # Did it learn a word?
     swapped = agents[0].player(first._replace(actions=first.actions[::-1]))
     print("With the two action names in each other's role: " + envs.describe(swapped))

@@ -200,6 +200,15 @@ def test_a_seed_counts_once(run, tmp_path, capsys):
     assert [group["runs"] for group in groups] == [[0], [1]]
 
 
+def test_seeds_that_each_go_on_from_a_run_of_their_own_are_a_group(run):
+    config = read_json(run / "config.json")
+    reformed = [{**config, "seed": seed, "init": f"runs/game-seed{seed}"} for seed in (1, 2)]
+    [group] = group_by_seed(reformed)
+    assert group["n"] == 2
+    other = {**config, "init": "runs/deontological-seed1"}
+    assert [group["n"] for group in group_by_seed([*reformed, other])] == [2, 1]
+
+
 def test_the_head_says_what_training_had(run, tmp_path, capsys):
     """Wording, layout and persona of the test, and which of them were others in training."""
     asked = "--layout both --prompt poetic --persona moral --actions action1 action2".split()

@@ -384,7 +384,7 @@ def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, t
     nan = weights(lambda t: {**t, EMBEDDING: t[EMBEDDING].index_fill(0, token, math.nan)})
     model = conftest.damaged_model(tmp_path / "model", nan)
     options = "--reward game --batch 16 --actions sun river moon --sampling constrained --model"
-    with conftest.refused(capsys, "--model", "not finite"):
+    with conftest.refused(capsys, "base model", "not finite"):
         conftest.run_training(tmp_path / "run", *options.split(), model)
     assert (tmp_path / "run" / "metrics.csv").exists()  # it had begun
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 import rewards
-from envs import GAMES, ILLEGAL, STATES, STRATEGIES, C, D, memory_one, payoff_matrix, replies
+from envs import (
+    GAMES,
+    ILLEGAL,
+    STATES,
+    STRATEGIES,
+    C,
+    D,
+    Trajectory,
+    memory_one,
+    payoff_matrix,
+    replies,
+)
 from errors import InputError
 from options import parse_games, train_parser
 from rewards import REWARDS, optimum, reward_array, share_right
@@ -147,8 +158,9 @@ def test_where_nothing_is_better():
 
 def test_regrets_of_played_rounds():
     """Two rounds in the Prisoner's Dilemma: a betrayal of a cooperator, then mutual defection."""
-    state, action, move = np.array([[0, 2]]), np.array([[D, D]]), np.array([[C, D]])
-    regrets = rewards.moral_regrets(state, action, move, IPD, {**SETTINGS, "xi": 4})
+    state, action = np.array([[0, 2]]), np.array([[D, D]])
+    seen = Trajectory(state=state, order=0 * state, action=action, move=action)
+    regrets = rewards.moral_regrets(seen, np.array([[C, D]]), IPD, {**SETTINGS, "xi": 4})
     assert regrets["deontological_regret"] == 4  # the other had played C before both rounds
     assert regrets["utilitarian_regret"] == pytest.approx((6 - (4 + 2) / 2) / 12)
     # A payoff below the illegal reward is the worst; where all totals are equal there is none.

@@ -141,11 +141,9 @@ def test_the_rate_falls_to_0_where_conditions_vary(options, falls, tmp_path, mon
 
     monkeypatch.setattr(Learner, "update", look)
     own = f"--reward game --lr 1e-3 --episodes 32 --batch 8 --prompt brief {options}".split()
-    own.append("--overwrite")
-    for more in ([], ["--recipe", "paper"]):
-        run_training(tmp_path / "run", *own, *more)
-        last = 2.5e-4 if falls and not more else 1e-3
-        assert np.allclose(rates[-4:], np.linspace(1e-3, last, 4), rtol=1e-9)
+    run_training(tmp_path / "run", *own)
+    last = 2.5e-4 if falls else 1e-3
+    assert np.allclose(rates, np.linspace(1e-3, last, 4), rtol=1e-9)
 
 
 def test_until_waits_for_an_update_of_the_last_phase(tmp_path):
@@ -400,7 +398,7 @@ BAD_OPTIONS = """\
 --opponent 1 0 1 2|from 0 to 1; --opponent tests|not a run folder; --actions A B A|twice; \
 --actions '' A|non-empty; --actions B moon moon7|told apart; \
 --actions '<end_of_turn>' moon|special; --actions \u4e2d moon|unknown; \
---batch 1 --rounds 1|two rounds; --resume nowhere|no folder""".split("; ")
+--episodes 257 --batch 256 --rounds 1|from two; --resume nowhere|no folder""".split("; ")
 BAD_VALUES = """--until 0; --sampling greedy; --layout diagonal; --episodes 0; \
 --episodes 1e30; --batch 1.5; --rounds 1e3; --xi -1; --xi inf; --illegal nan; --lr nan; --lr 0; \
 --illegal 1; --lr fast; --rank 0; --rank 999999999999999; --alpha 0; --epochs 0; --kl-coef -0.1; \
