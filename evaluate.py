@@ -276,6 +276,14 @@ def prepare(args, others=(), one=False):
     return conditions, players
 
 
+def asked_of(args, condition, players):
+    """What of a command line is told beside its results: dict."""
+    asked = {key: value for key, value in vars(args).items() if key in ASKED}
+    asked["prompt"] = condition.prompt  # of a file its text, as the runs have it
+    asked["sampling"] = args.sampling or players.configs[args.runs[0]]["sampling"]
+    return asked
+
+
 def list_tests(args, conditions, players):
     """Where every agent is tested: a list of (path in its results, Condition).
 
@@ -330,11 +338,9 @@ def evaluate(args):
         runs.require_same(configs, "xi", "illegal")  # one table: one scale
     groups = group_by_seed(configs)
     tests = list_tests(args, conditions, players)
-    results = {key: getattr(args, key) for key in ASKED}
-    results["prompt"] = conditions[0].prompt  # of a file its text, as the runs have it
+    results = asked_of(args, conditions[0], players)
     results["xi"] = configs[0]["xi"]
     results["illegal"] = configs[0]["illegal"]
-    results["sampling"] = args.sampling or configs[0]["sampling"]
 
     with tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None) as bar:
         baseline = test_agent(None, args, opponent, tests, players, bar)

@@ -129,8 +129,11 @@ def share_right(reward, player, payoffs, settings, replies=0.5):
 
     player:  [state, order, outcome]; an illegal answer is never the better one
     replies: as in `optimum`
-    The mean is over the states in which one action is better; NaN where there is none.
+    The mean is over the states in which one action is better; NaN where there is none, and where
+    later rounds count, too (gamma > 0): there the better action depends on how the other answers.
     """
+    if settings["gamma"] > 0:
+        return math.nan
     best = optimum(reward, payoffs, settings, replies)
     decided = np.flatnonzero(~np.isnan(best))
     if len(decided) == 0:

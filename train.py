@@ -130,6 +130,7 @@ def check_prompts(args, agent):
         with about("--model"):
             check_runs(agent.policy.model, trie)
             check_causal(agent.policy, trie)
+            agent.policy.reference(trie)  # it is finite
 
 
 def new_agent(args, model, tokenizer, name, side):

@@ -7,7 +7,7 @@ C, D = range(2)  # as in envs.py
 
 # What a model reads. A new wording is one entry: a template that names what `fields` returns.
 # Training uses "structured", with --recipe moral "brief": the matrix and the last moves alone, in
-# less than half the tokens. It shuffles the names once, so that 8 of its 16 prompts differ.
+# less than half the tokens. In "brief" the names stand once, so that 8 of its 16 prompts differ.
 # The others are the paper's tests of robustness (section 5.4 and appendix).
 TEMPLATES = {
     "structured": """\

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from envs import ORDERS, STATES, C, D, build_prompts
 from errors import InputError, stop
-from evaluate import evaluate_parser, prepare
+from evaluate import asked_of, evaluate_parser, prepare
 from lora import active_adapter
 from options import number
 from policy import write_chats
@@ -189,7 +189,8 @@ def main(argv=None):
         results = {}
         for run in [None, *args.runs]:
             results[str(run or "untuned")] = ask(players, run, condition, args.sampling, args.seed)
-        save_json(args, results)
+        asked = asked_of(args, condition, players)
+        save_json(args, {**asked, "game": args.game, "agents": results})
         for name, result in results.items():
             print_answers(name, result)
     except InputError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs import ORDERS, OWN, C
+from envs import ILLEGAL, ORDERS, OWN, C
 from errors import InputError, stop
 from options import Parser, number, preset
 from policy import load_model, prompt_heads
@@ -91,7 +91,7 @@ def with_trl(model, seed, lr, rank, alpha):
 
     def reward(completion_ids, points, **_):
         answers = job.trie.answers
-        kinds = [answers.index(ids) if ids in answers else -1 for ids in completion_ids]
+        kinds = [answers.index(ids) if ids in answers else ILLEGAL for ids in completion_ids]
         return [float(own[kind]) for own, kind in zip(points, kinds)]
 
     class Watch(TrainerCallback):
@@ -105,7 +105,7 @@ def with_trl(model, seed, lr, rank, alpha):
             per_device_train_batch_size=16,
             gradient_accumulation_steps=4,
             num_generations=8,
-            max_completion_length=len(job.trie.answers[0]),
+            max_completion_length=max(map(len, job.trie.answers)),
             learning_rate=lr,
             lr_scheduler_type="constant",
             seed=seed,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from envs import C, fields, payoff_matrix
-from options import MORAL
+from options import MORAL, Parser
 from policy import load_model
 from pretrain import answer_logits, pack, word_ids
 from texts import ANSWER, ASK, MATRIX_WORDINGS, MODEL, STATE, USER, Text
@@ -50,7 +50,8 @@ def ask(model, tokenizer, conditions, rng):
     return np.array(probabilities)
 
 
-def main():
+def main(argv=None):
+    Parser(__doc__).parse_args(argv)
     model, tokenizer = load_model("tiny", "cpu")
     config = {"reward": ["utilitarian"], "xi": 3.0, "illegal": -6.0}
     config["layout"] = MORAL["layout"]

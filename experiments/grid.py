@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 from errors import InputError, about
 from groups import show
 from options import COUNT, Parser, parse
+from ppo import constants
 from runs import STATE, read_config, require_same
 
 
@@ -68,6 +69,7 @@ def train(out, options, env):
     if (out / "config.json").exists():
         args, _ = parse([*options, "--out", str(out), "--overwrite"])
         asked = {key: value for key, value in vars(args).items() if value is not None}
+        asked.update(constants())
         with about("--results"):
             found = read_config(out, finished=False)
             require_same([{**asked, **found}, asked], *asked)

@@ -8,8 +8,8 @@ Further options go to train.py; those that the grid sets itself are refused.
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
-switch); then the number of misses. An entry that the reward decides must be within 0.05 of its 0 or
-1; `*` marks the entries it leaves open.
+switch); then the number of misses. An entry that the reward decides, in this one round, must be
+within 0.05 of its 0 or 1; `*` marks the entries it leaves open. P(illegal) must be at most 0.02.
 
 Runs of another model are kept, and skipped where they have finished: in results/MODEL/runs, or with
 options of train.py in a folder that is named after them.
@@ -34,7 +34,7 @@ from runs import read_config, read_json, run_name
 MORALS = ("game", "deontological", "utilitarian", "game+deontological")
 TOLERANCE = 0.05  # of the optimum
 # What the grid sets itself, or what it is judged by.
-OWN_OPTIONS = "--reward --opponent --seed --sampling --game --init --resume --out".split()
+OWN_OPTIONS = "--reward --opponent --seed --sampling --game --gamma --init --resume --out".split()
 
 
 def list_runs(model, seeds, folder, more):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lora import add_adapter
+from options import Parser
 from policy import Policy, load_model
 from ppo import Learner
 
@@ -24,6 +25,7 @@ PROMPTS = tuple(f"The light is {light}. What do you do?" for light in ("red", "y
 ANSWERS = ("stop", "slow", "go")
 REWARD = np.array([[1, 0, -1], [0, 1, 0], [-1, 0, 1]])  # [prompt, answer]
 
+Parser(__doc__).parse_args()
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
 model, tokenizer = load_model("tiny")

@@ -5,10 +5,10 @@
 
 For each agent its four numbers, P(C | CC CD DC DD), as a memory-one strategy, and against everybody
 the points per round over --rounds and in the long run, of both together and of the one who gets
-less (Rawls). Exploitability: what the best memory-one reply gets against it in the long run, more
-than it gets itself in that place. An agent sits where it learned, whom it meets on the other side,
-with its own sampling; an illegal text counts as it did in training. The options of evaluate.py are
-here, too, but for --opponent and --axes, and --game takes one.
+less (Rawls). Exploitability: the points of the best memory-one reply to it in the long run, less
+those that the agent itself would get in that place. An agent sits where it learned, whom it meets
+on the other side, with its own sampling; an illegal text counts as it did in training. The options
+of evaluate.py are here, too, but for --opponent and --axes, and --game takes one.
 """
 
 import sys
@@ -21,7 +21,16 @@ import numpy as np
 
 from envs import MIRROR, STRATEGIES, C, Opponent, legal_moves, memory_one, payoff_matrix
 from errors import InputError, about, stop
-from evaluate import evaluate_parser, first_state, frequencies, prepare, shares, transitions
+from evaluate import (
+    asked_of,
+    evaluate_parser,
+    first_state,
+    frequencies,
+    prepare,
+    shares,
+    transitions,
+)
+from groups import in_brief
 from options import COUNT
 from rewards import reward_array
 from runs import require_same, save_json
@@ -144,9 +153,11 @@ def main(argv=None):
         with about("RUN"):
             require_same(players.configs.values(), "illegal")
         results = society(players, condition, args.sampling, args.rounds)
-        save_json(args, results)
+        asked = asked_of(args, condition, players)
+        save_json(args, {**asked, "game": args.game, "agents": results})
         illegal = players.configs[args.runs[0]]["illegal"]
         print("C is {}, D is {} (--actions); the other role may differ.".format(*args.actions))
+        print(f"The wording is {in_brief(condition.prompt)} (--prompt).")
         print(f"An illegal text counts {illegal:g} points, as in the runs' training (--illegal).")
         print_society(results, " ".join(args.game), args.rounds)
     except InputError as error:

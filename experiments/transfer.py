@@ -14,7 +14,7 @@ where they fail:
 
 An agent has three lines: its mean probability of the right action, half the width of the 95 %
 interval of that over games, and the share of states in which the right action is the likelier one.
-Then come the rules that, where they decide, answer as the agent does most often, and how often it
+Then come the three rules that agree with it most often, each where it decides, and how often it
 does right in the Prisoner's Dilemma in the first names of training, in their own roles and in each
 other's.
 """
@@ -45,7 +45,6 @@ This table shows the points. You pick the row, they pick the column, your points
 {matrix}
 Before, your action was {own}, their action was {other}.
 Now choose an action, {first} or {second}. Your answer:"""
-OWN_RULE = {"utilitarian": "adds", "game": "selfish", "kindness": "always C"}  # the reward itself
 BINS = {"0-1": (0, 1), "1-2": (1, 2), "2-4": (2, 4), "more": (4, np.inf)}  # (above, up to)
 
 
@@ -116,6 +115,15 @@ def simple_rules(conditions, side):
     rules = {name: np.repeat(p[:, None], 4, axis=1) for name, p in by_game.items()}
     rules["tit for tat"] = np.tile(OTHER == C, (len(conditions), 1))
     return {name: p.astype(float) for name, p in rules.items()}
+
+
+def rules_of_reward(cases):
+    """The simple rules that are the reward itself in all of these cases, a list of names."""
+    same = []
+    for name, rule in cases.rules.items():
+        if np.array_equal(rule, cases.right, equal_nan=True):
+            same.append(name)
+    return same
 
 
 def prefer(scores):
@@ -191,7 +199,7 @@ def explain(probabilities, cases, reward):
     """
     takes_c = probabilities[..., C] > probabilities[..., D]
     rules = {**cases.rules, "word": word_rule(takes_c, cases)}
-    if reward not in OWN_RULE:
+    if not rules_of_reward(cases):
         rules[f"the {reward} reward"] = cases.right
     shares = {}
     for name, rule in rules.items():
@@ -235,7 +243,8 @@ def at_home(players, run, sampling):
 def test_run(players, run, test, sampling, wording=None):
     """All about one run, a dict.
 
-    run, reward, wording;  names: how many training had
+    run, reward, wording, sampling;  settings: of the run;  pairs: of names, in the test
+    own_rules: the rules that are the reward itself
     agent, untuned, rules[name]: as `score` returns it;  home: as `at_home` does, None where the
     wording is not that of training;  explained: as `explain` does;  illegal: mean P(illegal)
     """
@@ -246,8 +255,11 @@ def test_run(players, run, test, sampling, wording=None):
     result = {
         "run": str(run),
         "reward": reward,
+        "settings": config,
         "wording": wording or config["prompt"][0],
-        "names": len(action_names(config["actions"])),
+        "pairs": test["pairs"],
+        "sampling": sampling,
+        "own_rules": rules_of_reward(cases),
         "agent": score(tuned, cases, reward),
         "home": None if wording else at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
@@ -299,6 +311,16 @@ def print_agent(result):
         print("  ipd, names of training {}, in each other's role {}".format(*home))
 
 
+def check_testable(config, run):
+    """Raise InputError if what is right in new games cannot be said of a run, or not be seen."""
+    if config["gamma"] > 0:
+        raise InputError(f"{run} has --gamma: what is right is then no matter of one round")
+    conditions = [envs.Condition(game, prompt=config["prompt"][0]) for game in ("ipd", "chicken")]
+    first, second = map(envs.build_prompts, conditions)
+    if first == second:
+        raise InputError(f"{run} was trained in a wording without points: all games look alike")
+
+
 def warn_of_known_names(players, runs, test):
     """Say of which runs the names are not new."""
     tested = {name for pair in test["pairs"] for name in pair}
@@ -321,6 +343,9 @@ def main(argv=None):
         if len({run.resolve() for run in args.runs}) < len(args.runs):
             raise InputError("a run is given twice", "RUN")
         players = Players(args.runs)
+        with about("RUN"):
+            for run in args.runs:
+                check_testable(players.configs[run], run)
         test = FINAL if args.final else DEVELOPMENT
         if args.actions:
             with about("--actions"):

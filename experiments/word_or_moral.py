@@ -18,9 +18,9 @@ import numpy as np
 
 from drawing import AGENT_COLOURS, new_figure, style
 from errors import InputError, about, stop
-from options import Parser
+from groups import group_by_seed
+from options import Parser, action_names
 from runs import check_free, read_json, writing
-from transfer import OWN_RULE
 
 TITLE = "Does an agent do what its reward asks for? Probability of the right action"
 HOME = ("names of\ntraining", "the same,\nexchanged")
@@ -39,7 +39,7 @@ def best_rule_in(result):
     for column in ("all", "costs"):
         scores = []
         for name, rule in result["rules"].items():
-            if name != OWN_RULE.get(result["reward"]) and rule[column]["p"] is not None:
+            if name not in result["own_rules"] and rule[column]["p"] is not None:
                 scores.append(rule[column]["p"])
         best.append(max(scores, default=None))
     return best
@@ -48,7 +48,7 @@ def best_rule_in(result):
 def read_results(path):
     """What `transfer.py --json` wrote, a list of dict. Raises InputError if it is anything else."""
     results = read_json(path)
-    known = {"reward", "names", "home", "agent", "rules"}
+    known = {"reward", "settings", "home", "agent", "rules", "own_rules"}
     for result in results:
         if not isinstance(result, dict) or not known <= result.keys():
             raise InputError(f"{path} is not of today's transfer.py --json")
@@ -56,6 +56,20 @@ def read_results(path):
     if not at_home:
         raise InputError(f"{path} has no results in the wording of training")
     return at_home
+
+
+def has_one_pair(result):
+    """Whether a run was trained with one pair of names."""
+    return len(action_names(result["settings"]["actions"])) == 2
+
+
+def check_groups(results, rewards):
+    """Raise InputError unless the runs of a reward differ by nothing but their seed."""
+    for reward in rewards:
+        chosen = [result["settings"] for result in results if result["reward"] == reward]
+        labels = [group["label"] for group in group_by_seed(chosen)]
+        if len(labels) > 1:
+            raise InputError(f"runs of one reward differ, draw them apart: {' and '.join(labels)}")
 
 
 def mean_of(results, rewards, shown, columns):
@@ -76,11 +90,12 @@ def plot(results, title=TITLE):
     trained = list(dict.fromkeys(result["reward"] for result in results))
     rewards = [reward for reward in AGENT_COLOURS if reward in trained]
     rewards += [reward for reward in trained if reward not in rewards]  # of a fork
-    fixed = [result for result in results if result["names"] == 2]
-    varied = [result for result in results if result["names"] > 2]
+    fixed = [result for result in results if has_one_pair(result)]
+    varied = [result for result in results if not has_one_pair(result)]
     panels = []  # (title, columns, float [reward, column])
     for name, chosen in (("one pair of names", fixed), ("many names", varied)):
         if chosen:
+            check_groups(chosen, rewards)
             name = f"trained with {name} (runs: {len(chosen)})"
             panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in, HOME + NEW)))
     panels.append(("best simple rules", NEW, mean_of(results, rewards, best_rule_in, NEW)))
@@ -119,7 +134,8 @@ def main(argv=None):
         with about("--out"):
             check_free(args.out, args.overwrite)
         with style():
-            figure = plot(results, args.title)
+            with about("RESULTS"):
+                figure = plot(results, args.title)
             with about("--out"), writing(args.out):
                 figure.savefig(args.out)
         print(f"Drawn: {args.out}")

@@ -59,7 +59,9 @@ def test_ask(run, tiny, tmp_path, capsys, monkeypatch):
     mine.write_text(wording)
     options = f"--json {path} --game chicken --prompt {mine} --persona deontological".split()
     ask.main([str(run), *options, "--seed", "3"])
-    printed, results = capsys.readouterr().out, read_json(path)
+    printed, asked = capsys.readouterr().out, read_json(path)
+    results = asked.pop("agents")
+    assert asked["prompt"] == wording and asked["game"] == ["chicken"]
     assert list(results) == ["untuned", str(run)] and "passes" not in printed
     condition = Condition("chicken", names, prompt=wording, persona="deontological")
     rng = np.random.default_rng(3)
@@ -87,7 +89,7 @@ def test_ask(run, tiny, tmp_path, capsys, monkeypatch):
     for which in (run, own):
         ask.main([str(which), "--sampling", "free", "--json", str(path), "--overwrite"])
         assert "stopped after 1 passes: others may have 0." in capsys.readouterr().out
-        said.append([*read_json(path).values()])
+        said.append([*read_json(path)["agents"].values()])
     prompts = encode(tiny[1], build_prompts(Condition(actions=names)), names)[0][::ORDERS]
     assert said[0] == said[1] and read[0] == read[2] == prompts  # of free answers, both agents'
 
@@ -99,7 +101,7 @@ def test_the_seed_alone_draws_questions_and_words(run, tmp_path):
         torch.rand(7)
         options = ["--sampling", "free", "--seed", seed, "--json", str(path), "--overwrite"]
         ask.main([str(run), *options])
-        said.append(read_json(path))
+        said.append(read_json(path)["agents"])
     assert said[0] == said[1]
     replies = [[s["reply"] for s in agents["untuned"]["states"]] for agents in said]
     assert replies[0] != replies[2] and all(replies[0])

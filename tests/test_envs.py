@@ -191,6 +191,18 @@ def test_every_wording_can_be_answered_by_the_embedded_model(wording, tiny):
         assert len(prompts) == 16 and all(answers) and answers[0] != answers[1]
 
 
+def test_sentences_tell_the_game_as_it_is():
+    """Points are all different, and C has the name B."""
+    game = ((1, 2), (3, 4), (5, 6), (7, 8))
+    for text in build_prompts(Condition(game, ("B", "A"), prompt="unstructured")):
+        assert "both of you pick B, you get 1 points and your friend gets 2." in text
+        assert "you pick B and your friend picks A, you get 3 and your friend 4." in text
+        assert "you pick A and your friend picks B, you get 5 and your friend 6." in text
+        assert "both of you pick A, you get 7 and your friend 8." in text
+    for text in build_prompts(Condition(actions=("B", "A"), prompt="poetic")):
+        assert "To help with the cleaning is B by name,\nto leave it to others is A" in text
+
+
 def test_the_explicit_wording_gives_no_meaning_away():
     """It names the game, and reads the same whichever name is to cooperate."""
     one, other = (Condition(actions=pair, prompt="explicit") for pair in (("c", "d"), ("d", "c")))

@@ -10,13 +10,23 @@ import conftest
 import envs
 import evaluate
 import society
-from conftest import change_json, copy_run, damaged_model, read_json, refused, run_training
+from conftest import (
+    change_json,
+    copy_run,
+    damaged_model,
+    player_of,
+    read_json,
+    refused,
+    run_training,
+)
 from envs import ILLEGAL, STATES, STRATEGIES, C, Condition, D, Opponent, memory_one, payoff_matrix
 from errors import InputError
 from evaluate import frequencies
 from grid import read_metrics
 from groups import group_by_seed, mean_and_interval, show
+from lora import load_adapter
 from options import train_parser
+from policy import load_model
 from rewards import REWARDS, reward_array
 from wordings import NAMES
 
@@ -152,13 +162,6 @@ def test_how_a_number_is_shown():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluate") / "run"
-    run_training(out, "--reward", "utilitarian", "--episodes", "256")
-    return out
-
-
-@pytest.fixture(scope="module")
 def free(tmp_path_factory):
     """It has learned to say action1, and of other names it prefers one."""
     out = tmp_path_factory.mktemp("evaluate") / "free"
@@ -207,6 +210,35 @@ def test_seeds_that_each_go_on_from_a_run_of_their_own_are_a_group(run):
     assert group["n"] == 2
     other = {**config, "init": "runs/deontological-seed1"}
     assert [group["n"] for group in group_by_seed([*reformed, other])] == [2, 1]
+
+
+def test_each_option_of_a_test_acts_and_each_figure_is_in_its_column(run, tmp_path, capsys):
+    """Here all figures of a line differ, and the better action depends on the opponent."""
+    unlearned = copy_run(run, tmp_path / "run", reward=["utilitarian", "game"])
+    options = "--game 3 2 9 5 4 1 1 0 --opponent always-cooperate --rounds 2 --layout both".split()
+    results = evaluated(tmp_path / "out.json", unlearned, *options, *BRIEF)
+    game = ((3, 2), (9, 5), (4, 1), (1, 0))
+    condition, base = Condition(game, ("action3", "action4"), "both", "brief"), load_model("tiny")
+    load_adapter(base[0], "agent", run)
+    player, all_c = player_of(*base, condition, name="agent"), STRATEGIES["always-cooperate"]
+    settings, payoffs = read_json(unlearned / "config.json"), payoff_matrix(game)
+    expected = evaluate.measure(player, payoffs, memory_one(all_c), 1, 2, settings, reward="game")
+    [measures] = results["runs"][0]["games"].values()
+    for key in ("policy", "illegal", "actions", "reward", "regret"):
+        assert measures[key] == pytest.approx(expected[key], abs=1e-6)
+    wanted = [*expected["policy"].values(), 0, expected["reward"]["game"]]
+    wanted += [*expected["regret"].values(), 1 - np.mean([*expected["policy"].values()])]
+    name = "utilitarian then game "
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    shown = lines[0].split()[3:]  # the second line has the names in each other's role
+    assert [float(word) for word in shown] == pytest.approx(wanted, abs=6e-4)
+    assert len({*shown}) == len(wanted)
+
+
+def test_names_are_known_in_both_roles_where_more_than_two_were_drawn():
+    for known, both in ((["a", "b"], False), (["a", "b", "c"], True), (["b", "c", "d"], False)):
+        assert evaluate.knows_both_roles({"actions": known}, ["a", "b"]) == both
+    assert evaluate.knows_both_roles({"actions": ["random"]}, NAMES[:2])
 
 
 def test_the_head_says_what_training_had(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 
+import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
@@ -159,7 +160,7 @@ def test_a_block_of_nf4_by_hand():
 
 @pytest.mark.parametrize("shape", [(48, 160), (7, 9), None])  # not whole blocks; trained
 def test_nf4_equals_bitsandbytes(shape):
-    theirs = pytest.importorskip("bitsandbytes").functional
+    theirs = bitsandbytes.functional
     torch.manual_seed(0)
     model, _ = load_model(os.environ.get("REAL_MODEL", "tiny"), "cpu")
     linear = torch.nn.Linear(*shape[::-1]) if shape else model.model.layers[-1].mlp.down_proj
@@ -198,7 +199,6 @@ def test_nf4_computes_learns_and_merges_as_its_dequantised_weights(kind):
 
 def test_peft_on_a_bitsandbytes_base_gives_the_same(tmp_path):
     """Probabilities of an adapter on a 4-bit base, theirs and ours."""
-    bnb = pytest.importorskip("bitsandbytes")
     ours = random_model("llama")
     nf4.quantise_layers(ours, torch.float32)
     add_adapter(ours, "player", 4, 6)
@@ -208,8 +208,12 @@ def test_peft_on_a_bitsandbytes_base_gives_the_same(tmp_path):
     theirs = random_model("llama")
     for path, layer in list(theirs.named_modules()):
         if isinstance(layer, torch.nn.Linear) and path != "lm_head":
-            four = bnb.nn.Linear4bit(*layer.weight.shape[::-1], bias=False, quant_type="nf4")
-            four.weight = bnb.nn.Params4bit(layer.weight.data, quant_type="nf4", blocksize=64)
+            four = bitsandbytes.nn.Linear4bit(
+                *layer.weight.shape[::-1], bias=False, quant_type="nf4"
+            )
+            four.weight = bitsandbytes.nn.Params4bit(
+                layer.weight.data, quant_type="nf4", blocksize=64
+            )
             theirs.set_submodule(path, four.to("cpu"))
     theirs = PeftModel.from_pretrained(theirs, tmp_path)
     with torch.no_grad():

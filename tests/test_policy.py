@@ -378,17 +378,6 @@ def test_of_named_chat_templates_the_default_one_is_used(tmp_path, tiny):
     assert encode(tokenizer, ["Hi."], ("A", "B")) == encode(tiny[1], ["Hi."], ("A", "B"))
 
 
-def test_a_name_that_the_model_cannot_read_is_refused_when_it_is_drawn(capsys, tmp_path, tiny):
-    token = torch.tensor(tiny[1]("moon", add_special_tokens=False)["input_ids"])
-
-    nan = weights(lambda t: {**t, EMBEDDING: t[EMBEDDING].index_fill(0, token, math.nan)})
-    model = conftest.damaged_model(tmp_path / "model", nan)
-    options = "--reward game --batch 16 --actions sun river moon --sampling constrained --model"
-    with conftest.refused(capsys, "base model", "not finite"):
-        conftest.run_training(tmp_path / "run", *options.split(), model)
-    assert (tmp_path / "run" / "metrics.csv").exists()  # it had begun
-
-
 def test_the_date_in_a_template_stands_still():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     chats = [[{"role": "user", "content": "Hi."}]]

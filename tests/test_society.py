@@ -93,7 +93,7 @@ def test_agents_meet_on_sides_of_their_own(run, tmp_path, capsys):
             society.main([str(run), *map(str, more)])
     options = f"--json {path} --game bach-stravinsky --sampling free"
     society.main([str(run), str(second), *options.split()])
-    printed, results = capsys.readouterr().out, read_json(path)
+    printed, results = capsys.readouterr().out, read_json(path)["agents"]
     assert "counts -1 points" in printed and "in bach-stravinsky against" in printed
     condition, base = Condition("bach-stravinsky", ("action3", "action4")), load_model("tiny")
     load_adapter(base[0], "agent", run)

@@ -374,6 +374,22 @@ def test_a_trained_run_as_opponent_and_as_start(runs, tmp_path):
     frozen = opponent.player(Condition(prompt="brief"))
     assert by_state(frozen, C) == pytest.approx(trained, abs=1e-6)
     assert frozen.shape == (4, 4, 3)  # free in training, it may answer illegally here, too
+    assert opponent.side == 1
+
+
+def test_a_constant_opponent_has_always_played_its_move(tmp_path, capsys):
+    """Also before the first round; and the regrets are of what was played."""
+    options = "--reward game --opponent always-defect --rounds 1 --prompt brief --batch 16"
+    result = run_training(tmp_path / "run", *options.split(), "--episodes", "16")
+    [row] = read_metrics(tmp_path / "run")
+    played = counts(row)
+    c, d = played["C|D"], played["D|D"]
+    assert c + d == 16 and c > 0 and d > 0  # and nothing after C
+    total = (4 * c + 2 * d) / 16
+    assert float(row["utilitarian_regret"]) == pytest.approx((6 - total) / 12, abs=1e-5)
+    before, after = result["policy_before"]["CC"], result["policy_after"]["CC"]
+    assert f"P(C | CC){before:25.3f} {after:7.3f}\n" in capsys.readouterr().out
+    assert f"{before:.3f}" != f"{after:.3f}"
 
 
 def test_in_a_thread_where_chmod_is_refused(tmp_path, monkeypatch):

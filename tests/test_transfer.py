@@ -11,9 +11,10 @@ import envs
 import options
 import transfer
 import word_or_moral
-from conftest import player_of, read_json, refused, run_training
+from conftest import copy_run, player_of, read_json, refused, run_training
 from drawing import style
 from envs import Condition, payoff_matrix
+from errors import InputError
 from lora import load_adapter
 from policy import load_model
 from wordings import LAYOUTS, NAMES, TEMPLATES
@@ -250,11 +251,30 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
         transfer.main([str(run), "--actions", "moon", "moon"])
     with refused(capsys, "--json", "exists", "--overwrite"):
         transfer.main([str(run), "--json", str(path)])
+    capsys.readouterr()
     transfer.main([str(run), "--actions", "moon", "sun"])
-    given = capsys.readouterr().out
+    given, warned = capsys.readouterr()
+    assert f"warning: {run} was trained with sun\n" in warned
     monkeypatch.setitem(transfer.DEVELOPMENT, "pairs", (("moon", "sun"),))
     transfer.main([str(run)])
     assert capsys.readouterr().out == given
+
+
+def test_what_a_simple_rule_cannot_be_told_from():
+    """By what it says, not by its name."""
+    same = {"utilitarian": ["adds"], "game": ["selfish"], "kindness": ["always C"]}
+    for reward in ("deontological", "game+deontological", *same):
+        assert transfer.rules_of_reward(cases_of(reward, 0)) == same.get(reward, [])
+    config = {**SETTINGS, "reward": ["game+deontological"], "xi": 0.0}
+    cases = transfer.make_cases(transfer.DEVELOPMENT, config)
+    assert transfer.rules_of_reward(cases) == ["selfish"]
+
+
+def test_runs_that_cannot_be_judged_in_new_games(run, tmp_path, capsys):
+    with refused(capsys, "RUN", "--gamma"):
+        transfer.main([str(copy_run(run, tmp_path / "far", gamma=0.9))])
+    with refused(capsys, "RUN", "without points"):
+        transfer.main([str(copy_run(run, tmp_path / "blind", prompt=["choice"]))])
 
 
 def test_a_reward_that_decides_nothing(tmp_path, capsys, monkeypatch):
@@ -268,23 +288,29 @@ def test_a_reward_that_decides_nothing(tmp_path, capsys, monkeypatch):
     assert f"  {'untuned':46}{'-':>8}" in capsys.readouterr().out
 
 
-def result_of(reward, names, own, swapped, costs):
+def result_of(reward, names, own, swapped, costs, seed=1):
     """What of transfer.py's JSON the picture shows; rules score less than the reward's own."""
     agent = {"all": {"p": (own + swapped) / 2}, "costs": {"p": costs}}
     rules = {}
     for name, p in (("adds", 1.0), ("selfish", 0.75), ("largest cell", 0.8)):
         rules[name] = {"all": {"p": p}, "costs": {"p": p - 0.5}}
-    home = [own, swapped]
-    return {"reward": reward, "names": names, "home": home, "agent": agent, "rules": rules}
+    return {
+        "reward": reward,
+        "settings": {"reward": [reward], "actions": names, "seed": seed},
+        "home": [own, swapped],
+        "agent": agent,
+        "rules": rules,
+        "own_rules": ["adds"] if reward == "utilitarian" else ["selfish"],
+    }
 
 
 def test_the_picture(tmp_path, capsys):
     """Agents of one pair of names, of more, and the best rule; means over runs."""
     results = [
-        result_of("utilitarian", 2, 1.0, 0.0, 0.5),
-        result_of("utilitarian", 54, 0.9, 0.8, 0.95),
-        result_of("utilitarian", 54, 0.7, 0.8, 1.0),
-        result_of("game", 54, 1.0, 0.98, 0.97),
+        result_of("utilitarian", ["a", "b"], 1.0, 0.0, 0.5),
+        result_of("utilitarian", ["random"], 0.9, 0.8, 0.95),
+        result_of("utilitarian", ["random"], 0.7, 0.8, 1.0, seed=2),
+        result_of("game", ["random"], 1.0, 0.98, 0.97),
     ]
     with style():
         fixed, varied, rules = word_or_moral.plot(results).axes
@@ -297,6 +323,9 @@ def test_the_picture(tmp_path, capsys):
     assert "runs: 1" in fixed.get_title() and "runs: 3" in varied.get_title()
     assert [ax.get_title() for ax in alone] == [varied.get_title(), rules.get_title()]
     (tmp_path / "right.json").write_text(json.dumps(results))
+    other = result_of("game", ["a", "b", "c"], 0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match="game, actions random and game, actions a b c"):
+        word_or_moral.plot([*results, other])
     (tmp_path / "other.json").write_text("[1]")
     with refused(capsys, "RESULTS", "today's"):
         word_or_moral.main([str(tmp_path / "other.json")])
