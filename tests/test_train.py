@@ -46,7 +46,7 @@ def counts(row, side=""):
 
 # All seeds and opponents, with the default batch: experiments/learning.py. An update takes the same
 # time whatever the batch: this large one has less noise and needs fewer updates.
-SETTINGS = {"xi": 3.0, "illegal": -6.0}
+SETTINGS = {"xi": 3.0, "illegal": -6.0, "gamma": 0.0}
 LEARN = "--batch 1024 --episodes 14336".split()
 
 
@@ -219,10 +219,7 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     assert row["phase"] == "game+deontological"
     shown = [row[key] for key in ("game", "actions", "layout", "prompt")]
     assert shown == ["3,2 -1,0 0,-2 2,3", "moon river", "both", "unstructured"]
-    # The opponent's P(C) is 0.9, 0.6, 0.2, 0.4 in CC CD DC DD: C has 2.6, 1.4, -0.2 and 0.6 points,
-    # D -1.8, 0.8, -0.4 and 1.2.
-    best = [player[:3, :, C], player[3:, :, 1]]
-    assert float(row["right"]) == pytest.approx(np.concatenate(best).mean(), abs=1e-5)
+    assert row["right"] == "nan"  # with gamma above 0 one round does not tell
 
 
 def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):
@@ -511,7 +508,7 @@ def test_a_bug_is_a_traceback_and_leaves_no_folder(place, tmp_path, monkeypatch)
         elif place == "reward":
             patch.setitem(rewards.REWARDS, "game", bug)
         else:
-            patch.setattr(Learner, "adapt", bug)
+            patch.setattr(Learner, "report", bug)
         with pytest.raises(KeyError, match="mine"):
             run_training(tmp_path / "run", "--reward", "game", *SHORT)
     assert not (tmp_path / "run").exists()
