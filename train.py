@@ -334,7 +334,7 @@ def print_policies(condition, before, after, right_before, right_after):
     print(f"\nIn {game}, with {names[C]} for C and {names[D]} for D:")
     titles = ("P(C | own last, their last)", "The opponent's")
     for i, (title, first, last) in enumerate(zip(titles, before, after)):
-        print(f"\n{title:30}{'before':>7} {'after':>7}")
+        print(f"{title:30}{'before':>7} {'after':>7}")
         p_before = by_state(first, C)
         p_after = by_state(last, C)
         for state in STATES:
