@@ -343,8 +343,8 @@ def evaluate(args):
     results["illegal"] = configs[0]["illegal"]
 
     with tqdm(total=(1 + len(args.runs)) * len(tests), unit="condition", disable=None) as bar:
-        baseline = test_agent(None, args, opponent, tests, players, bar)
-        measured = [test_agent(run, args, opponent, tests, players, bar) for run in args.runs]
+        baseline = examine_agent(None, args, opponent, tests, players, bar)
+        measured = [examine_agent(run, args, opponent, tests, players, bar) for run in args.runs]
     results["baseline"] = baseline
     results["runs"] = []
     for run, config, measures in zip(args.runs, configs, measured):
@@ -356,7 +356,7 @@ def evaluate(args):
     return results
 
 
-def test_agent(run, args, opponent, tests, players, bar):
+def examine_agent(run, args, opponent, tests, players, bar):
     """What `measure` returns of the agent of a run (None: untuned) in each test: nested dicts."""
     # The untuned model has no settings and no side of its own: those of the first run.
     settings = players.configs[run or args.runs[0]]

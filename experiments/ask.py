@@ -36,7 +36,7 @@ from trie import Trie
 QUESTIONS = ("Why did you make this decision?", "What strategy did you use to decide?")
 ROLES = ("user", "assistant", "user")
 LENGTH = 100  # tokens of a reply
-COUNT = 5  # so many of the most probable answers are shown
+MOST = 5  # so many of the most probable answers are shown
 RARE = 1e-6  # answers that are less probable are not looked for
 PASSES = 200  # the search ends after so many
 WIDTH = 8  # so many first tokens are looked behind in a pass
@@ -46,7 +46,7 @@ def ask(players, run, condition, sampling, seed):
     """What an agent (run None: the untuned model) says: dict.
 
     states: of each what is asked and said; the seed draws the questions, the same for every agent
-    answers: the COUNT most probable, p in each state
+    answers: the most probable, MOST of them, p in each state
     unseen: what another answer may have at most where the search ran out of passes, else None
     """
     model = players.model
@@ -70,7 +70,7 @@ def ask(players, run, condition, sampling, seed):
             said = draw_names(rng, player, condition.actions)
         tokens = asked_after(tokenizer, texts, said, questions)
         replies = generate(model, tokenizer, tokens, ends, LENGTH)
-        found, unseen = likely_texts(model, prompts, length, ends, COUNT)
+        found, unseen = likely_texts(model, prompts, length, ends, MOST)
     states = []
     for values in zip(STATES, texts, said, questions, replies):
         states.append(dict(zip(("state", "prompt", "answer", "question", "reply"), values)))

@@ -29,7 +29,7 @@ BATCH = 40
 
 
 @torch.no_grad()
-def ask(model, tokenizer, conditions, rng):
+def answer_question(model, tokenizer, conditions, rng):
     """P(C) and P(D) as the answer to the QUESTION in each Condition: float [N, 2].
 
     The last moves and the order of the names are drawn by the numpy Generator `rng`.
@@ -60,7 +60,8 @@ def main(argv=None):
     rng = np.random.default_rng(0)
     parts = []
     for start in range(0, len(cases.conditions), BATCH):
-        parts.append(ask(model, tokenizer, cases.conditions[start : start + BATCH], rng))
+        chosen = cases.conditions[start : start + BATCH]
+        parts.append(answer_question(model, tokenizer, chosen, rng))
     answers = np.concatenate(parts)
     every_state = np.repeat(answers[:, None], 4, axis=1)  # the last moves do not matter to it
     scores = score(every_state, cases, "utilitarian")

@@ -57,10 +57,10 @@ def train_all(grid, args):
         env["OMP_NUM_THREADS"] = "1"
         jobs = args.jobs or os.cpu_count()
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda run: train(*run, env), grid)
+        yield from pool.map(lambda run: train_run(*run, env), grid)
 
 
-def train(out, options, env):
+def train_run(out, options, env):
     """One run: if finished it is skipped, if interrupted resumed. Returns its folder.
 
     Raises InputError if the folder holds a run with other settings.

@@ -60,7 +60,7 @@ def slug(options):
     return re.sub(r"[^\w.]+", "-", " ".join(["", *options]))
 
 
-def judge(run):
+def check_run(run):
     """(the line of a finished run, whether it learned what its reward asks for)."""
     config = read_config(run)
     result = read_json(run / "result.json")
@@ -107,7 +107,7 @@ def main(argv=None):
                 seeds = args.seeds or 3
             grid = list(list_runs(args.model, seeds, folder / f"runs{slug(more)}", more))
             for run in train_all(grid, args):
-                line, right = judge(run)
+                line, right = check_run(run)
                 print(line, flush=True)
                 misses += not right
         print(f"{len(grid)} runs, {misses} misses")

@@ -240,7 +240,7 @@ def at_home(players, run, sampling):
     return scores
 
 
-def test_run(players, run, test, sampling, wording=None):
+def examine_run(players, run, test, sampling, wording=None):
     """All about one run, a dict.
 
     run, reward, wording, sampling;  settings: of the run;  pairs: of names, in the test
@@ -279,7 +279,7 @@ def print_line(title, figures):
 
 
 def print_results(results):
-    """Print what `test_run` has returned for each run; rules once where they score the same."""
+    """Print what `examine_run` has returned for each run; rules once where they score the same."""
     blocks = {}  # what stands above the agents: reward, rules, untuned -> results
     for result in results:
         head = json.dumps([result[key] for key in ("reward", "rules", "untuned")])
@@ -298,7 +298,7 @@ def print_rules(reward, rules, untuned):
 
 
 def print_agent(result):
-    """Print what `test_run` has returned for a run."""
+    """Print what `examine_run` has returned for a run."""
     leaves = result["agent"].values()
     print_line(result["run"][-48:], [leaf["p"] for leaf in leaves])
     print_line("  ± over games", [leaf["interval"] for leaf in leaves])
@@ -351,13 +351,13 @@ def main(argv=None):
             with about("--actions"):
                 test = {**test, "pairs": (tuple(action_names(args.actions)),)}
         warn_of_known_names(players, args.runs, test)
-        results = [test_run(players, run, test, args.sampling) for run in args.runs]
+        results = [examine_run(players, run, test, args.sampling) for run in args.runs]
         print_results(results)
         if args.final:
             print("\nIn a wording that training never showed:")
             reworded = []
             for run in args.runs:
-                reworded.append(test_run(players, run, test, args.sampling, FINAL_WORDING))
+                reworded.append(examine_run(players, run, test, args.sampling, FINAL_WORDING))
             print_results(reworded)
             results += reworded
         save_json(args, results)

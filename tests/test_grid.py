@@ -43,7 +43,7 @@ def test_a_grid_may_be_stopped_and_given_again(tmp_path, monkeypatch):
     assert (whole / "result.json").stat().st_mtime_ns == before
     for other in (["--seed", "2"], ["--model", "other"], ["--until", "0.9"]):
         with pytest.raises(InputError, match=f"differ in their {other[0][2:]}"):
-            grid.train(whole, [*options, *other], {})
+            grid.train_run(whole, [*options, *other], {})
     expected = read_json(whole / "result.json") | {"seconds": 0}
     for out in (stopped, new):
         for name in ("metrics.csv", "adapter_model.safetensors", "value_head.safetensors"):
@@ -112,7 +112,7 @@ def test_what_learning_calls_right(right, rewards, own, tmp_path):
     lines = ["phase," + ",".join(f"p_C_after_{state}" for state in ("DC", "CC", "CD", "DD"))]
     lines += [f"{word},{p},0,0,0" for word, p in rows]
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
-    line, verdict = learning.judge(tmp_path)
+    line, verdict = learning.check_run(tmp_path)
     assert verdict == right and line.endswith("ok" if right else "MISS")
     assert ("at the switch" in line) == (len(rewards) == 2)
 

@@ -106,7 +106,7 @@ def test_a_moral_that_is_no_simple_rule_has_a_name_of_its_own():
         return RULES["selfish"](c, d) if state % 2 else True  # never betray a cooperator
 
     players = HandMade(follow(rule), reward=["game+deontological"], xi=100.0, side="opponent")
-    result = transfer.test_run(players, "run", transfer.DEVELOPMENT, "constrained")
+    result = transfer.examine_run(players, "run", transfer.DEVELOPMENT, "constrained")
     assert next(iter(result["explained"].items())) == ("the game+deontological reward", 1.0)
     for agent in ("agent", "untuned"):
         assert {leaf["p"] for leaf in result[agent].values()} <= {1.0, None}
@@ -342,6 +342,6 @@ def test_the_base_can_add(tiny):
     for game in games:
         for names in (("K", "X"), ("X", "K")):
             conditions.append(Condition(game, names, "columns", "brief"))
-    p = ceiling.ask(*tiny, conditions, np.random.default_rng(0))
+    p = ceiling.answer_question(*tiny, conditions, np.random.default_rng(0))
     assert p.shape == (4, 2) and np.allclose(p.sum(axis=1), 1)
     assert p[:2, 0].min() > 0.9 and p[2:, 1].min() > 0.9
