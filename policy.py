@@ -101,14 +101,10 @@ def read_model(path, dtype):
     if getattr(config, "quantization_config", None):
         raise InputError(f"{path} is quantised: name the model that it was made from")
     stored = "auto" if dtype == "nf4" else getattr(torch, dtype)  # NF4 is made of what is stored
-    attention = None
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        attention = "eager"  # the fused kernels know no soft-capping of attention logits (Gemma 2)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=stored,
-            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report

@@ -63,29 +63,31 @@ class Evaluation(NamedTuple):
     options: list  # of evaluate.py
 
 
+NEW_NAMES = "new-names-vs-tit-for-tat"  # the original layout, no sentence of values
 EVALUATIONS = {
-    "new-names-vs-tit-for-tat": Evaluation("tit-for-tat", ["--axes"]),
+    NEW_NAMES: Evaluation("tit-for-tat", ["--axes"]),
     "new-names-vs-learner": Evaluation("learner", []),
     "training-names-vs-tit-for-tat": Evaluation("tit-for-tat", TRAINING_NAMES),
+    **{
+        f"training-vs-{opponent}": Evaluation(opponent, ["--game", "ipd"])
+        for opponent in GRID
+        if opponent not in ("tit-for-tat", "learner")
+    },
+    "training-vs-tit-for-tat-swapped": Evaluation("tit-for-tat-swapped", ["--game", "ipd"]),
+    "layout-rows-vs-tit-for-tat": Evaluation("tit-for-tat", ["--layout", "rows"]),
+    "layout-columns-vs-tit-for-tat": Evaluation("tit-for-tat", ["--layout", "columns"]),
+    "layout-both-vs-tit-for-tat": Evaluation("tit-for-tat", ["--layout", "both"]),
+    **{
+        f"persona-{persona}-vs-tit-for-tat": Evaluation("tit-for-tat", ["--persona", persona])
+        for persona in PERSONAS
+    },
 }
-OPPONENTS = []  # the tests of figure 14
-for opponent in GRID:
-    name = f"new-names-vs-{opponent}"
-    if name not in EVALUATIONS:
-        name = f"training-vs-{opponent}"
-        EVALUATIONS[name] = Evaluation(opponent, ["--game", "ipd"])
-    OPPONENTS.append(name)
-EVALUATIONS["training-vs-tit-for-tat-swapped"] = Evaluation(
-    "tit-for-tat-swapped", ["--game", "ipd"]
-)
-LAYOUT_TESTS = ["new-names-vs-tit-for-tat"]  # the first one has the original layout and no persona
-for layout in ("rows", "columns", "both"):
-    LAYOUT_TESTS.append(f"layout-{layout}-vs-tit-for-tat")
-    EVALUATIONS[LAYOUT_TESTS[-1]] = Evaluation("tit-for-tat", ["--layout", layout])
-PERSONA_TESTS = ["new-names-vs-tit-for-tat"]
-for persona in PERSONAS:
-    PERSONA_TESTS.append(f"persona-{persona}-vs-tit-for-tat")
-    EVALUATIONS[PERSONA_TESTS[-1]] = Evaluation("tit-for-tat", ["--persona", persona])
+OPPONENTS = [  # the first test of each, for figure 14
+    next(name for name, test in EVALUATIONS.items() if test.opponent == opponent)
+    for opponent in GRID
+]
+LAYOUT_TESTS = [NEW_NAMES, *(name for name in EVALUATIONS if name.startswith("layout-"))]
+PERSONA_TESTS = [NEW_NAMES, *(name for name in EVALUATIONS if name.startswith("persona-"))]
 
 
 class Figure(NamedTuple):
@@ -179,25 +181,24 @@ def in_both_roles(plot, results):
     return plot(results, swapped, varied="actions")
 
 
-FIXED = "new-names-vs-tit-for-tat"
 LEARNING = "new-names-vs-learner"
 ROLE_TESTS = ["training-names-vs-tit-for-tat"]
 MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
 UNRELATED = ("choice", "game", "game_state")
 FIGURES = {
-    "2a": Figure(plot_training, [FIXED], phases=1),
+    "2a": Figure(plot_training, [NEW_NAMES], phases=1),
     "2b": Figure(plot_training, [LEARNING], phases=1),
-    "3": Figure(plot_training, [FIXED, LEARNING], phases=2),
-    "4": Figure(plot_regret, [FIXED]),
-    "5": Figure(plot_actions, [FIXED]),
-    "12": Figure(plot_reward, [FIXED, LEARNING]),
+    "3": Figure(plot_training, [NEW_NAMES, LEARNING], phases=2),
+    "4": Figure(plot_regret, [NEW_NAMES]),
+    "5": Figure(plot_actions, [NEW_NAMES]),
+    "12": Figure(plot_reward, [NEW_NAMES, LEARNING]),
     "13": Figure(plot_training, ["training-vs-tit-for-tat-swapped"]),
     "14": Figure(partial(plot_training, columns=4), OPPONENTS, phases=1),
     "15": Figure(plot_regret, [LEARNING]),
     "16": Figure(plot_actions, [LEARNING]),
-    "17": Figure(partial(plot_wordings, values=MEANINGFUL), [FIXED]),
-    "18": Figure(partial(plot_wordings, values=UNRELATED), [FIXED]),
-    "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [FIXED]),
+    "17": Figure(partial(plot_wordings, values=MEANINGFUL), [NEW_NAMES]),
+    "18": Figure(partial(plot_wordings, values=UNRELATED), [NEW_NAMES]),
+    "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [NEW_NAMES]),
     "20": Figure(partial(in_both_roles, plot_regrets), ROLE_TESTS),
     "21": Figure(partial(in_both_roles, plot_shares), ROLE_TESTS),
     "22": Figure(partial(plot_regrets, varied="layout"), LAYOUT_TESTS),
