@@ -271,7 +271,7 @@ class Condition(NamedTuple):
 class Choices(NamedTuple):
     """What an update's Condition is drawn from: lists, each entry with the same chance."""
 
-    game: list  # as `parse_games` returns it
+    game: list  # as `options.parse_games` returns it
     actions: list  # two names, of C and of D; if there are more, any two of them, in either role
     layout: list
     prompt: list

@@ -40,11 +40,12 @@ from options import (
     read_wording,
     train_parser,
 )
+from wordings import LAYOUTS, PERSONAS, TEMPLATES
 
 # torch and what needs it are imported where they are used: --help and a bad option answer at once.
 
 # What --json holds besides its results: of the command line, and of each run.
-ASKED = ("opponent", "actions", "layout", "prompt", "persona", "rounds")
+ASKED = ("game", "opponent", "actions", "layout", "prompt", "persona", "rounds")
 SHOWN = ("reward", "opponent", "game", "actions", "layout", "prompt", "seed", "model")
 # What --axes varies, one thing at a time, on the first --game: fields of a Condition.
 AXES = {
@@ -60,9 +61,9 @@ AXES = {
         ("wjx", "bnu"),
         ("hqzrtkm", "pvxgdns"),
     ),
-    "layout": tuple(envs.LAYOUTS),
-    "prompt": tuple(envs.TEMPLATES),
-    "persona": ("none", *envs.PERSONAS),
+    "layout": tuple(LAYOUTS),
+    "prompt": tuple(TEMPLATES),
+    "persona": ("none", *PERSONAS),
 }
 ROLES_DIFFER = 0.2  # of P(C), between the two roles of new names: then a word was learned
 
@@ -147,14 +148,14 @@ def evaluate_parser(description, games=tuple(envs.GAMES)):
     """The options that evaluate.py shares with the experiments; games: the default."""
     parser = Parser(description)
     option = parser.option
-    wording = f"the wording: {', '.join(envs.TEMPLATES)}; or a text file with {{first}} and "
+    wording = f"the wording: {', '.join(TEMPLATES)}; or a text file with {{first}} and "
     wording += "{second} for the actions, see envs.fields"
     names = {"nargs": 2, "metavar": ("C_NAME", "D_NAME"), "default": ["action3", "action4"]}
-    personas = ["none", *envs.PERSONAS]
+    personas = ["none", *PERSONAS]
     option("runs", "run folders of one base model", metavar="RUN", type=Path, nargs="+")
     option("--game", game_words(), default=list(games), nargs="+")
     option("--actions", "the names of C and D", **names)
-    option("--layout", "of the payoffs", choices=envs.LAYOUTS, default="original")
+    option("--layout", "of the payoffs", choices=LAYOUTS, default="original")
     option("--prompt", wording, default="structured")
     option("--persona", "a sentence of values put first", choices=personas, default="none")
     option("--sampling", "[as in training]", choices=("constrained", "free"))
@@ -278,7 +279,7 @@ def prepare(args, others=(), one=False):
 
 def asked_of(args, condition, players):
     """What of a command line is told beside its results: dict."""
-    asked = {key: value for key, value in vars(args).items() if key in ASKED}
+    asked = {key: getattr(args, key) for key in ASKED if key in args}
     asked["prompt"] = condition.prompt  # of a file its text, as the runs have it
     asked["sampling"] = args.sampling or players.configs[args.runs[0]]["sampling"]
     return asked
@@ -336,7 +337,7 @@ def evaluate(args):
     configs = [players.configs[run] for run in args.runs]
     with about("RUN"):
         runs.require_same(configs, "xi", "illegal")  # one table: one scale
-    groups = group_by_seed(configs)
+        groups = group_by_seed(configs)
     tests = list_tests(args, conditions, players)
     results = asked_of(args, conditions[0], players)
     results["xi"] = configs[0]["xi"]
@@ -437,7 +438,7 @@ def print_head(results):
     opponent = " ".join(results["opponent"])
     names = " ".join(results["actions"])
     print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")
-    print("right: how often an agent does what its own reward asks for")
+    print("right: how often an agent does what its own reward asks for in a round; - with --gamma")
     if any(group["n"] > 1 for group in results["groups"]):
         print("±: 95 % over seeds (Student's t), conditional on the one base model.")
     tested = {

@@ -60,7 +60,7 @@ def group_by_seed(configs):
         title = label(group_settings, settings)
         seeds = [configs[i]["seed"] for i in indices]
         if len(set(seeds)) < len(seeds):
-            raise InputError(f"of {title} a seed comes twice: {' '.join(map(str, seeds))}", "RUN")
+            raise InputError(f"of {title} a seed comes twice: {' '.join(map(str, seeds))}")
         group = {
             "label": title,
             "name": f"{title} (n={len(seeds)})" if len(seeds) > 1 else title,

@@ -17,7 +17,7 @@ import envs
 import rewards
 import runs
 from errors import InputError, about
-from wordings import NAMES, TEMPLATES
+from wordings import LAYOUTS, NAMES, TEMPLATES
 
 EMBEDDED = {
     "until": 1.0,
@@ -142,7 +142,7 @@ def train_parser(description):
     option("--opponent", opponent_words(), default=["tit-for-tat"], nargs="+")
     option("--sampling", sampling, choices=("constrained", "free"))
     option("--actions", names, metavar="NAME", default=["action1", "action2"], nargs="+")
-    option("--layout", "of the payoffs", choices=envs.LAYOUTS, default=["original"], nargs="+")
+    option("--layout", "of the payoffs", choices=LAYOUTS, default=["original"], nargs="+")
     option("--prompt", wording, metavar="WORDING", default=["structured"], nargs="+")
     option("--episodes", "how many games are played in all", type=COUNT)
     option("--batch", "episodes per update", type=COUNT)
@@ -195,7 +195,7 @@ def parse(argv=None, description=""):
     if Path(args.model).is_dir() and args.model != "tiny":
         args.model = str(Path(args.model).resolve())  # evaluate.py may run in another folder
 
-    # One update does not tell what is learned where conditions are drawn or gamma > 0.
+    # One update does not tell what is learned where conditions are drawn; with gamma no round does.
     if read_choices(args).varies() or args.gamma > 0:
         if given.until and given.until < 1:
             raise InputError("not with --gamma, nor where games, names or texts vary", "--until")

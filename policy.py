@@ -274,7 +274,8 @@ class Policy:
             table = shared_table(trie, torch.cat([log_probs, values], dim=1)).cpu()
         if not table.isfinite().all():
             if reference:
-                raise InputError("the base model's answers are not finite: try --dtype float32")
+                remedy = "train with --dtype float32"
+                raise InputError(f"the base model's answers are not finite: {remedy}")
             self.reference(trie)  # it may be the base that is not finite
             raise InputError("the policy is no longer finite: train again with a lower --lr")
         return table[:, :-1], table[:, -1]

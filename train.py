@@ -125,10 +125,11 @@ def check_prompts(args, agent):
     first = choices.first()
     with about("--actions, --prompt"):  # any two of them differ
         encode(agent.policy.tokenizer, envs.build_prompts(first), choices.actions)
+    with about("--model"):
+        check_runs(agent.policy.model, agent.trie(first))
     for layout, wording in product(choices.layout, choices.prompt):
         trie = agent.trie(first._replace(layout=layout, prompt=wording))
         with about("--model"):
-            check_runs(agent.policy.model, trie)
             check_causal(agent.policy, trie)
             agent.policy.reference(trie)  # it is finite
 
@@ -334,6 +335,8 @@ def print_policies(condition, before, after, right_before, right_after):
     print(f"\nIn {game}, with {names[C]} for C and {names[D]} for D:")
     titles = ("P(C | own last, their last)", "The opponent's")
     for i, (title, first, last) in enumerate(zip(titles, before, after)):
+        if i > 0:
+            print()
         print(f"{title:30}{'before':>7} {'after':>7}")
         p_before = by_state(first, C)
         p_after = by_state(last, C)

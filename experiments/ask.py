@@ -7,7 +7,8 @@ For each state: the prompt, an answer sampled as in training, one of two questio
 and the model's own words on it, as in the paper (appendix): sampled with temperature 1, 100 tokens.
 Then the most probable answers, by best-first search: exact. All of it in the first of the four
 orders of the names, where evaluate.py has the mean of them. Nothing of the model's
-generation_config.json acts. Options as in evaluate.py, of one --game, and --seed.
+generation_config.json acts. The options of evaluate.py are here, too, but for --opponent, --rounds
+and --axes; --game takes one.
 """
 
 import heapq
@@ -190,7 +191,7 @@ def main(argv=None):
         for run in [None, *args.runs]:
             results[str(run or "untuned")] = ask(players, run, condition, args.sampling, args.seed)
         asked = asked_of(args, condition, players)
-        save_json(args, {**asked, "game": args.game, "agents": results})
+        save_json(args, {**asked, "seed": args.seed, "agents": results})
         for name, result in results.items():
             print_answers(name, result)
     except InputError as error:

@@ -64,7 +64,7 @@ def main(argv=None):
         parts.append(answer_question(model, tokenizer, chosen, rng))
     answers = np.concatenate(parts)
     every_state = np.repeat(answers[:, None], 4, axis=1)  # the last moves do not matter to it
-    scores = score(every_state, cases, "utilitarian")
+    scores = score(every_state, cases)
     print(f"{'':48}" + "".join(f"{name:>8}" for name in scores))
     print_line(QUESTION[:48], [leaf["p"] for leaf in scores.values()])
     print_line("  ± over games", [leaf["interval"] for leaf in scores.values()])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from envs import ILLEGAL, Condition
-from errors import InputError, stop
+from errors import InputError, about, stop
 from evaluate import Players
 from groups import average_groups, group_by_seed, show
 from lora import active_adapter
@@ -93,7 +93,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         check_json(args)
         players = Players(args.runs)
-        groups = group_by_seed([players.configs[run] for run in args.runs])
+        with about("RUN"):
+            groups = group_by_seed([players.configs[run] for run in args.runs])
         measured = [{"drift": measure_drift(players, run)} for run in args.runs]
         groups = average_groups(groups, measured)
         runs = [{"run": str(run), **measures} for run, measures in zip(args.runs, measured)]

@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 from errors import InputError, about
 from groups import show
 from options import COUNT, Parser, parse
-from ppo import constants
 from runs import STATE, read_config, require_same
 
 
@@ -65,6 +64,8 @@ def train_run(out, options, env):
 
     Raises InputError if the folder holds a run with other settings.
     """
+    from ppo import constants  # here and not above: --help answers at once
+
     options = [str(option) for option in options]
     if (out / "config.json").exists():
         args, _ = parse([*options, "--out", str(out), "--overwrite"])

@@ -4,7 +4,7 @@
     python experiments/learning.py --model FOLDER              # 24 runs: two fixed opponents
     python experiments/learning.py --model FOLDER --until 1    # and what else train.py takes
 
-Further options go to train.py; those that the grid sets itself are refused.
+Further options go to train.py; those that the grid sets or judges by are refused.
 
 Prints a line per run: P(C | CC CD DC DD) after training, P(illegal) before and after, seconds (of
 two learners both policies; where a second reward follows the first, the largest P(C) at the
@@ -97,7 +97,7 @@ def main(argv=None):
         args, more = parser.parse_known_args(argv)
         for word in more:
             if word.partition("=")[0] in OWN_OPTIONS:
-                raise InputError("the grid sets it itself", word)
+                raise InputError("the grid sets it, or judges by it", word)
         with tempfile.TemporaryDirectory() as temporary:
             if args.model == "tiny":
                 folder = args.results or Path(temporary)

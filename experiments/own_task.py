@@ -6,6 +6,7 @@ Three prompts, three answers, a reward for each pair of them. Nothing else is ne
 ppo.py know no game.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 from lora import add_adapter
-from options import Parser
 from policy import Policy, load_model
 from ppo import Learner
 
@@ -25,7 +25,7 @@ PROMPTS = tuple(f"The light is {light}. What do you do?" for light in ("red", "y
 ANSWERS = ("stop", "slow", "go")
 REWARD = np.array([[1, 0, -1], [0, 1, 0], [-1, 0, 1]])  # [prompt, answer]
 
-Parser(__doc__).parse_args()
+argparse.ArgumentParser(description=__doc__).parse_args()
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
 model, tokenizer = load_model("tiny")

@@ -63,10 +63,11 @@ class Evaluation(NamedTuple):
     options: list  # of evaluate.py
 
 
-NEW_NAMES = "new-names-vs-tit-for-tat"  # the original layout, no sentence of values
+FIXED = "new-names-vs-tit-for-tat"  # the original layout, no sentence of values
+LEARNING = "new-names-vs-learner"
 EVALUATIONS = {
-    NEW_NAMES: Evaluation("tit-for-tat", ["--axes"]),
-    "new-names-vs-learner": Evaluation("learner", []),
+    FIXED: Evaluation("tit-for-tat", ["--axes"]),
+    LEARNING: Evaluation("learner", []),
     "training-names-vs-tit-for-tat": Evaluation("tit-for-tat", TRAINING_NAMES),
     **{
         f"training-vs-{opponent}": Evaluation(opponent, ["--game", "ipd"])
@@ -86,8 +87,8 @@ OPPONENTS = [  # the first test of each, for figure 14
     next(name for name, test in EVALUATIONS.items() if test.opponent == opponent)
     for opponent in GRID
 ]
-LAYOUT_TESTS = [NEW_NAMES, *(name for name in EVALUATIONS if name.startswith("layout-"))]
-PERSONA_TESTS = [NEW_NAMES, *(name for name in EVALUATIONS if name.startswith("persona-"))]
+LAYOUT_TESTS = [FIXED, *(name for name in EVALUATIONS if name.startswith("layout-"))]
+PERSONA_TESTS = [FIXED, *(name for name in EVALUATIONS if name.startswith("persona-"))]
 
 
 class Figure(NamedTuple):
@@ -181,24 +182,23 @@ def in_both_roles(plot, results):
     return plot(results, swapped, varied="actions")
 
 
-LEARNING = "new-names-vs-learner"
 ROLE_TESTS = ["training-names-vs-tit-for-tat"]
 MEANINGFUL = ("structured", "unstructured", "poetic", "explicit")
 UNRELATED = ("choice", "game", "game_state")
 FIGURES = {
-    "2a": Figure(plot_training, [NEW_NAMES], phases=1),
+    "2a": Figure(plot_training, [FIXED], phases=1),
     "2b": Figure(plot_training, [LEARNING], phases=1),
-    "3": Figure(plot_training, [NEW_NAMES, LEARNING], phases=2),
-    "4": Figure(plot_regret, [NEW_NAMES]),
-    "5": Figure(plot_actions, [NEW_NAMES]),
-    "12": Figure(plot_reward, [NEW_NAMES, LEARNING]),
+    "3": Figure(plot_training, [FIXED, LEARNING], phases=2),
+    "4": Figure(plot_regret, [FIXED]),
+    "5": Figure(plot_actions, [FIXED]),
+    "12": Figure(plot_reward, [FIXED, LEARNING]),
     "13": Figure(plot_training, ["training-vs-tit-for-tat-swapped"]),
     "14": Figure(partial(plot_training, columns=4), OPPONENTS, phases=1),
     "15": Figure(plot_regret, [LEARNING]),
     "16": Figure(plot_actions, [LEARNING]),
-    "17": Figure(partial(plot_wordings, values=MEANINGFUL), [NEW_NAMES]),
-    "18": Figure(partial(plot_wordings, values=UNRELATED), [NEW_NAMES]),
-    "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [NEW_NAMES]),
+    "17": Figure(partial(plot_wordings, values=MEANINGFUL), [FIXED]),
+    "18": Figure(partial(plot_wordings, values=UNRELATED), [FIXED]),
+    "19": Figure(partial(plot_reciprocity, wordings=("game_state",)), [FIXED]),
     "20": Figure(partial(in_both_roles, plot_regrets), ROLE_TESTS),
     "21": Figure(partial(in_both_roles, plot_shares), ROLE_TESTS),
     "22": Figure(partial(plot_regrets, varied="layout"), LAYOUT_TESTS),

@@ -153,9 +153,9 @@ def main(argv=None):
         with about("RUN"):
             require_same(players.configs.values(), "illegal")
         results = society(players, condition, args.sampling, args.rounds)
-        asked = asked_of(args, condition, players)
-        save_json(args, {**asked, "game": args.game, "agents": results})
         illegal = players.configs[args.runs[0]]["illegal"]
+        asked = asked_of(args, condition, players)
+        save_json(args, {**asked, "illegal": illegal, "agents": results})
         print("C is {}, D is {} (--actions); the other role may differ.".format(*args.actions))
         print(f"The wording is {in_brief(condition.prompt)} (--prompt).")
         print(f"An illegal text counts {illegal:g} points, as in the runs' training (--illegal).")

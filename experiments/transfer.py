@@ -136,10 +136,10 @@ def prefer(scores):
     return p
 
 
-def columns(cases, reward):
+def columns(cases):
     """Where agents are scored: name -> bool [N, state]."""
     decided = ~np.isnan(cases.right)
-    tempting = cases.rules["adds" if reward == "game" else "selfish"]
+    tempting = cases.rules["adds" if "selfish" in rules_of_reward(cases) else "selfish"]
     chosen = {
         "all": decided,
         "costs": decided & (tempting == 1 - cases.right),
@@ -165,7 +165,7 @@ def as_answers(rule):
     return np.stack([p, 1 - p], axis=-1)
 
 
-def score(probabilities, cases, reward):
+def score(probabilities, cases):
     """How often an agent does right: column -> {"p", "share", "interval", "games"}.
 
     probabilities: [N, state, 2], as `answers` returns them
@@ -178,7 +178,7 @@ def score(probabilities, cases, reward):
     other = np.where(right_is_c, probabilities[..., D], probabilities[..., C])
     likelier = (p > other) + 0.5 * (p == other)
     scores = {}
-    for name, chosen in columns(cases, reward).items():
+    for name, chosen in columns(cases).items():
         in_games = [cases.game == i for i in np.unique(cases.game[chosen.any(axis=1)])]
         means = np.array([p[game][chosen[game]].mean() for game in in_games])
         shares = np.array([likelier[game][chosen[game]].mean() for game in in_games])
@@ -236,14 +236,15 @@ def at_home(players, run, sampling):
         condition = envs.Condition("ipd", actions, config["layout"][0], config["prompt"][0])
         cases = cases_of([condition], [0], config, players.side(run))
         tuned = answers(players, run, cases, sampling)
-        scores.append(score(tuned, cases, config["reward"][-1])["all"]["p"])
+        scores.append(score(tuned, cases)["all"]["p"])
     return scores
 
 
 def examine_run(players, run, test, sampling, wording=None):
     """All about one run, a dict.
 
-    run, reward, wording, sampling;  settings: of the run;  pairs: of names, in the test
+    run, reward, wording, sampling;  settings: of the run
+    pairs, seed: the test's names, and what its games are drawn by
     own_rules: the rules that are the reward itself
     agent, untuned, rules[name]: as `score` returns it;  home: as `at_home` does, None where the
     wording is not that of training;  explained: as `explain` does;  illegal: mean P(illegal)
@@ -258,17 +259,18 @@ def examine_run(players, run, test, sampling, wording=None):
         "settings": config,
         "wording": wording or config["prompt"][0],
         "pairs": test["pairs"],
+        "seed": test["seed"],
         "sampling": sampling,
         "own_rules": rules_of_reward(cases),
-        "agent": score(tuned, cases, reward),
+        "agent": score(tuned, cases),
         "home": None if wording else at_home(players, run, sampling),
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
-        "untuned": score(answers(players, None, cases, sampling), cases, reward),
+        "untuned": score(answers(players, None, cases, sampling), cases),
         "explained": explain(tuned, cases, reward),
         "rules": {},
     }
     for name, rule in cases.rules.items():
-        result["rules"][name] = score(as_answers(rule), cases, reward)
+        result["rules"][name] = score(as_answers(rule), cases)
     return result
 
 

@@ -3,9 +3,10 @@
     python experiments/transfer.py FIXED/* VARIED/* --json right.json
     python experiments/word_or_moral.py right.json --out right.png
 
-A row for each reward, a mean over its runs. First come the agents that were trained with one pair
-of names, then those that had more, at last the most that any simple rule gets in a column: not
-always the same rule, and never the reward itself. Results of --final in a new wording are left out.
+A row for each reward, a mean over its runs, which may differ by nothing but their seed. First come
+the agents that were trained with one pair of names, then those that had more, at last the most that
+any simple rule gets in a column: not always the same rule, and never the reward itself. Results of
+--final in a new wording are left out.
 """
 
 import sys

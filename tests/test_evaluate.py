@@ -197,7 +197,7 @@ def test_a_seed_counts_once(run, tmp_path, capsys):
         other = copy_run(run, tmp_path / "other", device="cuda")
         evaluated(tmp_path / "out.json", run, other, *BRIEF)
     config = read_json(run / "config.json")
-    with pytest.raises(InputError, match="RUN: of utilitarian a seed comes twice: 1 1"):
+    with pytest.raises(InputError, match="of utilitarian a seed comes twice: 1 1"):
         group_by_seed([config, config])
     groups = group_by_seed([config, {**config, "lr": 0.5}])
     assert [group["runs"] for group in groups] == [[0], [1]]

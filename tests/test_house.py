@@ -23,10 +23,10 @@ HOUSE = {  # what each of the flat files may import of ours
     "policy": "errors nf4 lora trie",
     "ppo": "errors lora",
     "runs": "errors",
-    "groups": "errors options",
     "options": "errors wordings envs rewards runs",
-    "train": "errors envs rewards lora trie policy ppo runs options",
-    "evaluate": "errors envs rewards lora policy ppo runs groups options",
+    "groups": "errors options",
+    "train": "errors envs rewards lora policy ppo runs options",
+    "evaluate": "errors wordings envs rewards lora policy ppo runs groups options",
 }
 OUTSIDE = {
     ".": "huggingface_hub",  # it comes with transformers

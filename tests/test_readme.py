@@ -18,8 +18,8 @@ FORK = (ROOT / "docs" / "FORK.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
 PAGES = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
 PAGES.append((ROOT / "tiny" / "README.md").read_text(encoding="utf-8"))
-# Of hf, torchrun, ruff and sbatch.
-OTHERS = {"--local-dir", "--nproc-per-node", "--check", "--array", "--gres", "--wrap"}
+# Of hf, torchrun and sbatch.
+OTHERS = {"--local-dir", "--nproc-per-node", "--array", "--gres", "--wrap"}
 APPENDED = re.compile(r"At the end of `(\w+\.py)`:\n\n```python\n(.*?)```", flags=re.DOTALL)
 REPLACED = re.compile(
     r"In `(\w+\.py)`, instead of `([^`]+)`:\n\n```python\n(.*?)```", flags=re.DOTALL
@@ -115,7 +115,8 @@ def test_every_option_on_the_pages_exists():
     known = OTHERS | options(snippet)
     for folder in (".", "experiments", "tiny"):
         for path in (ROOT / folder).glob("*.py"):
-            known |= set(re.findall(r'(?:option|argument)\(\s*"(--[a-z-]+)"', path.read_text()))
+            text = path.read_text(encoding="utf-8")
+            known |= set(re.findall(r'(?:option|argument)\(\s*"(--[a-z-]+)"', text))
     assert options("".join(PAGES)) <= known
     table = re.findall(r"^\| `([\w+]+)` \|", README, flags=re.MULTILINE)
     assert len(table) == 6 and {*table} <= {*REWARDS}

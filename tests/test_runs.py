@@ -230,10 +230,8 @@ def test_disk_full(whole, tmp_path, monkeypatch, capsys):
     assert outcome(out) == outcome(whole / "run")
 
 
-@pytest.mark.parametrize("updates", [2, 16])
-def test_not_finite_ends_the_run_with_the_last_good_state(updates, tmp_path, capsys):
-    """After ten updates in a row, and in a run that is shorter than that."""
-    options = [*SHORT, "--lr", "1e30", "--save-every", "0", "--episodes", str(updates)]
+def test_not_finite_ends_the_run_with_the_last_good_state(tmp_path, capsys):
+    options = [*SHORT, "--lr", "1e30", "--save-every", "0", "--episodes", "2"]
     with refused(capsys, "--lr", "finite"):
         run_training(tmp_path / "run", *options)
     tensors = load_file(tmp_path / "run" / STATE)

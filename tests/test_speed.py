@@ -15,7 +15,9 @@ def test_its_figures(monkeypatch, capsys):
     speed.main(["--repeats", "1"])
     figures, printed = kept[0], capsys.readouterr().out
     assert all(f"{name} " in printed for name in figures)
-    assert len(figures["rounds per second"]) == 2
+    for key in ("update / floor", "16 padded prompts / trie", "peak memory, GB"):
+        assert figures[key] > 0
+    assert min(figures["rounds per second"].values()) > 0
 
 
 def test_a_job_without_an_adapter_of_ours():

@@ -195,9 +195,9 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
         *"--reward game+deontological --game 3 2 -1 0 0 -2 2 3 --opponent 0.9 0.2 0.6 0.4".split(),
         *"--sampling free --actions moon river --layout both --prompt unstructured".split(),
         *"--xi 2 --illegal -4 --rounds 7 --episodes 50 --batch 50 --seed 9 --rank 4".split(),
-        *"--alpha 12 --lr 0.001 --epochs 3 --kl-coef 0.15 --kl-target 5 --gamma 0.5".split(),
+        *"--alpha 12 --lr 0.001 --epochs 3 --kl-coef 0.15 --kl-target 5".split(),
     )
-    assert given == {"lr": 0.001, "epochs": 3, "kl_coef": 0.15, "kl_target": 5, "gamma": 0.5}
+    assert given == {"lr": 0.001, "epochs": 3, "kl_coef": 0.15, "kl_target": 5, "gamma": 0}
     adapter = read_json(out / "adapter_config.json")
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 12)
 
@@ -219,7 +219,10 @@ def test_every_setting_arrives(tmp_path, monkeypatch):
     assert row["phase"] == "game+deontological"
     shown = [row[key] for key in ("game", "actions", "layout", "prompt")]
     assert shown == ["3,2 -1,0 0,-2 2,3", "moon river", "both", "unstructured"]
-    assert row["right"] == "nan"  # with gamma above 0 one round does not tell
+    # The opponent's P(C) is 0.9, 0.6, 0.2, 0.4 in CC CD DC DD: C has 2.6, 1.4, -0.2 and 0.6 points,
+    # D -1.8, 0.8, -0.4 and 1.2.
+    best = [player[:3, :, C], player[3:, :, 1]]
+    assert float(row["right"]) == pytest.approx(np.concatenate(best).mean(), abs=1e-5)
 
 
 def test_last_batch_may_be_smaller_and_beta_fixed(tmp_path):

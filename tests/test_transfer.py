@@ -92,8 +92,8 @@ def test_who_follows_a_rule_gets_exactly_its_score_and_its_name(name, reward, si
     rules = dict(cases.rules)
     rules["word"] = transfer.word_rule(answers[..., 0] > answers[..., 1], cases)
     assert rules.keys() == RULES.keys()
-    expected = transfer.score(transfer.as_answers(rules[name]), cases, reward)
-    assert transfer.score(answers, cases, reward) == expected
+    expected = transfer.score(transfer.as_answers(rules[name]), cases)
+    assert transfer.score(answers, cases) == expected
     answers[np.isnan(rules[name])] = (1, 0)  # where a rule decides nothing, nothing tells
     best, (_, second), *_ = transfer.explain(answers, cases, reward).items()
     assert best == (name, 1.0) and second < 1
@@ -164,7 +164,7 @@ def test_columns_by_plain_loops(reward, side):
         return played[condition]
 
     cases = cases_of(reward, side)
-    scores = transfer.score(transfer.answers(HandMade(act), None, cases, "free"), cases, reward)
+    scores = transfer.score(transfer.answers(HandMade(act), None, cases, "free"), cases)
     by_game = {}  # column -> game -> [(p, share) of a state]
     for condition, player in played.items():
         for state in range(4):
@@ -187,7 +187,7 @@ def test_columns_by_plain_loops(reward, side):
 
 def test_a_column_without_a_state():
     cases = cases_of("deontological", 0)  # 3 points, after the other's C
-    scores = transfer.score(transfer.as_answers(cases.rules["always D"]), cases, "deontological")
+    scores = transfer.score(transfer.as_answers(cases.rules["always D"]), cases)
     empty = {"p": None, "share": None, "interval": None, "games": 0}
     assert scores["more"] == scores["0-1"] == scores["1-2"] == empty
     assert scores["all"] == scores["2-4"] == {"p": 0, "share": 0, "interval": 0, "games": 200}
