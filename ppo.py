@@ -178,7 +178,7 @@ class Learner:
 
             # Step, but not far from the policy that played.
             if not math.isfinite(policy_loss.item() + value_loss.item() + norm):
-                raise InputError("not finite: train with a lower --lr, or --dtype float32")
+                raise InputError("the update is not finite: lower --lr, or take --dtype float32")
             if ratio.mean() > RATIO_THRESHOLD:
                 break
             self.optimizer.step()

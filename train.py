@@ -131,7 +131,7 @@ def check_prompts(args, agent):
         trie = agent.trie(first._replace(layout=layout, prompt=wording))
         with about("--model"):
             check_causal(agent.policy, trie)
-            agent.policy.reference(trie)  # it is finite
+            agent.policy.reference(trie)  # raises if it is not finite
 
 
 def new_agent(args, model, tokenizer, name, side):
