@@ -26,9 +26,9 @@ from tqdm import tqdm
 import envs
 import rewards
 import runs
-from envs import ILLEGAL, STATES, C, as_player, by_state
+from envs import ILLEGAL, C, as_player, by_state
 from errors import InputError, about, stop
-from groups import average_groups, group_by_seed, in_brief, mean_and_interval, show
+from groups import average_groups, group_by_seed, mean_and_interval, print_results
 from options import (
     Parser,
     action_names,
@@ -65,7 +65,6 @@ AXES = {
     "prompt": tuple(TEMPLATES),
     "persona": ("none", *PERSONAS),
 }
-ROLES_DIFFER = 0.2  # of P(C), between the two roles of new names: then a word was learned
 
 
 def transitions(player, opponent):
@@ -383,102 +382,6 @@ def examine_agent(run, args, opponent, tests, players, bar):
         place[path[-1]] = measures
         bar.update()
     return result
-
-
-def share_of_illegal(measures):
-    """Share of rounds with an illegal answer, a mean over seeds."""
-    return sum(measures["actions"][f"illegal|{last}"]["mean"] for last in "CD")
-
-
-def print_line(title, width, measures):
-    """Policy, share of illegal answers, points, both regrets, and how often a group does right."""
-    leaves = [measures["policy"][state] for state in STATES]
-    leaves.append({"mean": share_of_illegal(measures), "ci95": None})
-    leaves.append(measures["reward"]["game"])
-    leaves.append(measures["regret"]["deontological"])
-    leaves.append(measures["regret"]["utilitarian"])
-    leaves.append(measures["right"])
-    print(f"{title:{width}}" + "".join(f"{show(leaf):>14}" for leaf in leaves))
-
-
-def print_results(results):
-    """Print what `evaluate` returns."""
-    groups = results["groups"]
-    games = results["baseline"]["games"]
-    print_head(results)
-    width = max(map(len, [*games, *(group["name"] for group in groups)]))
-    titles = [f"P(C|{state})" for state in STATES]
-    titles += ["illegal", "points", "deont. regret", "util. regret", "right"]
-    head = "".join(f"{title:>14}" for title in titles)
-    for game in games:
-        print(f"\n{game:{width}}{head}")
-        for group in groups:
-            print_line(group["name"], width, group["games"][game])
-        if "swapped" in groups[0]:
-            swapped = " ".join(results["actions"][::-1])
-            print(f"with the names in each other's role, {swapped}")
-            for group in groups:
-                print_line(group["name"], width, group["swapped"][game])
-    for group in groups[1:]:
-        print_roles(group, results["actions"])
-    for group in groups:
-        if "axes" in group:
-            print(f"\n{group['name']}, one thing varied at a time, {next(iter(games))}")
-            print(f"{'':26}{head}")
-        for axis, values in group.get("axes", {}).items():
-            for value, measures in values.items():
-                print_line(f"  {axis} {value}", 26, measures)
-
-
-def print_head(results):
-    """Print what was asked, and what of it training did not show."""
-    asked = []
-    for key in ("layout", "prompt", "persona", "rounds", "sampling", "xi", "illegal"):
-        asked.append(f"{key} {in_brief(results[key])}")
-    opponent = " ".join(results["opponent"])
-    names = " ".join(results["actions"])
-    print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")
-    print("right: how often an agent does what its own reward asks for in a round; - with --gamma")
-    if any(group["n"] > 1 for group in results["groups"]):
-        print("±: 95 % over seeds (Student's t), conditional on the one base model.")
-    tested = {
-        "actions": set(results["actions"]),
-        "layout": {results["layout"]},
-        "prompt": {results["prompt"]},
-    }
-    for key, values in tested.items():
-        others = set()
-        for run in results["runs"]:
-            trained = action_names(run[key]) if key == "actions" else run[key]
-            if not values <= {*trained}:
-                others.add(in_brief(run[key]))
-        if others:
-            print(f"In training --{key} was {', '.join(sorted(others))}.")
-
-
-def print_roles(group, names):
-    """Warn of an agent whose policy depends on which name stands for which action."""
-    changes = {}  # of P(C) in favour of the first name, when the names change places
-    for game, swapped in group.get("swapped", {}).items():
-        changes[game] = legal_cooperation(group["games"][game]) - legal_cooperation(swapped)
-    for name, sign in ((names[0], 1), (names[1], -1)):
-        leaning = [game for game, change in changes.items() if sign * change > ROLES_DIFFER]
-        if leaning:
-            most = max(sign * changes[game] for game in leaning)
-            print(
-                f"\nwarning: {group['name']}: when the names change places, P(C) of legal answers "
-                f"changes by up to {most:.2f} ({', '.join(leaning)}): it leans to "
-                f"the word {name}, whatever that stands for"
-            )
-
-
-def legal_cooperation(measures):
-    """P(C) of legal answers, a mean over the states."""
-    ratios = []
-    for state in STATES:
-        legal = 1 - measures["illegal"][state]["mean"]
-        ratios.append(measures["policy"][state]["mean"] / (legal + 1e-9))
-    return np.mean(ratios)
 
 
 def main(argv=None):

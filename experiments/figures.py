@@ -44,7 +44,7 @@ from drawing import (
 )
 from envs import ACTION_TYPES, STATES, count_column
 from errors import InputError, about, stop
-from evaluate import share_of_illegal
+from groups import share_of_illegal
 from options import Parser
 from runs import check_free, read_json, writing
 

@@ -24,7 +24,7 @@ HOUSE = {  # what each of the flat files may import of ours
     "ppo": "errors lora",
     "runs": "errors",
     "options": "errors wordings envs rewards runs",
-    "groups": "errors options",
+    "groups": "errors envs options",
     "train": "errors envs rewards lora policy ppo runs options",
     "evaluate": "errors wordings envs rewards lora policy ppo runs groups options",
 }
