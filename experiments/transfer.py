@@ -12,6 +12,10 @@ where they fail:
     cell        the cell with the largest total is in the other action's row
     0-1 ...     the two actions' expected rewards differ by so many points
 
+Random games do not show which name stands for C. Where a reward depends on it, and the layouts of
+training leave it open, too, nobody can always do right: then the "best reader" is scored, who earns
+the most that can be earned by reading.
+
 An agent has three lines: its mean probability of the right action, half the width of the 95 %
 interval of that over games, and the share of states in which the right action is the likelier one.
 Then come the three rules that agree with it most often, each where it decides, and how often it
@@ -57,6 +61,7 @@ class Cases(NamedTuple):
     right:      float [N, state], P(C) of what the reward asks for; NaN: it asks for nothing
     difference: float [N, state], points between the two actions' expected rewards
     rules:      name -> float [N, state], P(C) of a rule; NaN where it does not decide
+    reader:     float [N, state], P(C) of the best reader; NaN where it does not decide
     """
 
     conditions: list
@@ -65,6 +70,7 @@ class Cases(NamedTuple):
     right: np.ndarray
     difference: np.ndarray
     rules: dict
+    reader: np.ndarray
 
 
 def make_cases(test, config, wording=None, side=0):
@@ -101,7 +107,46 @@ def cases_of(conditions, numbers, config, side):
         right=np.array(right),
         difference=np.array(difference),
         rules=simple_rules(conditions, side),
+        reader=best_reader(conditions, config, side),
     )
+
+
+def best_reader(conditions, config, side):
+    """Who knows all that the texts tell, but no name: P(C), float [N, state 4].
+
+    It takes the action with the larger expected reward. Where the text has a second reading, with C
+    and D exchanged, in a layout of training, too, both are equally likely: games are random.
+    """
+    reward = config["reward"][-1]
+    expected = []
+    for condition in conditions:
+        points = rewards.expected_rewards(reward, payoff_matrix(condition.game, side), config)
+        other = exchange(condition)
+        if other.layout in config["layout"] and texts(other, side) == texts(condition, side):
+            payoffs = payoff_matrix(other.game, side)
+            # What is D here is C there, and state i is state 3 - i.
+            points = points + rewards.expected_rewards(reward, payoffs, config)[::-1, ::-1]
+        expected.append(points)
+    return prefer(np.array(expected))
+
+
+def exchange(condition):
+    """C and D change places: in the names, the payoffs and the layout (None: there is none)."""
+    rows, columns = LAYOUTS[condition.layout]
+    exchanged = {order: name for name, order in LAYOUTS.items()}.get((rows[::-1], columns[::-1]))
+    cells = envs.as_cells(payoff_matrix(condition.game)[::-1, ::-1])
+    return condition._replace(game=cells, actions=condition.actions[::-1], layout=exchanged)
+
+
+def texts(condition, side):
+    """What a Condition looks like: the set of its prompts."""
+    return set(envs.build_prompts(condition, side))
+
+
+def tells_all(cases):
+    """Whether the best reader does right in every state."""
+    decided = ~np.isnan(cases.right)
+    return np.array_equal(cases.reader[decided], cases.right[decided])
 
 
 def simple_rules(conditions, side):
@@ -127,12 +172,13 @@ def rules_of_reward(cases):
 
 
 def prefer(scores):
-    """P(C) of who takes the move with the larger score, float [N]; NaN if there is none.
+    """P(C) of who takes the move with the larger score, [...]; NaN if there is none.
 
-    scores: [N, own move 2]
+    scores: [..., own move 2]
     """
-    p = (scores[:, C] > scores[:, D]).astype(float)
-    p[scores[:, C] == scores[:, D]] = np.nan
+    p = (scores[..., C] > scores[..., D]).astype(float)
+    same = np.isclose(scores[..., C], scores[..., D], rtol=0, atol=1e-9)  # fractions are rounded
+    p[same] = np.nan
     return p
 
 
@@ -201,6 +247,8 @@ def explain(probabilities, cases, reward):
     rules = {**cases.rules, "word": word_rule(takes_c, cases)}
     if not rules_of_reward(cases):
         rules[f"the {reward} reward"] = cases.right
+    if not tells_all(cases):
+        rules["best reader"] = cases.reader
     shares = {}
     for name, rule in rules.items():
         decided = ~np.isnan(rule)
@@ -246,8 +294,10 @@ def examine_run(players, run, test, sampling, wording=None):
     run, reward, wording, sampling;  settings: of the run
     pairs, seed: the test's names, and what its games are drawn by
     own_rules: the rules that are the reward itself
-    agent, untuned, rules[name]: as `score` returns it;  home: as `at_home` does, None where the
-    wording is not that of training;  explained: as `explain` does;  illegal: mean P(illegal)
+    agent, untuned, rules[name]: as `score` returns it
+    best_reader: the same; None if it does right in every state
+    home: as `at_home` returns it, None where the wording is not that of training
+    explained: as `explain` does;  illegal: mean P(illegal)
     """
     config = players.configs[run]
     reward = config["reward"][-1]
@@ -267,8 +317,11 @@ def examine_run(players, run, test, sampling, wording=None):
         "illegal": float(1 - tuned.sum(axis=-1).mean()),
         "untuned": score(answers(players, None, cases, sampling), cases),
         "explained": explain(tuned, cases, reward),
+        "best_reader": None,
         "rules": {},
     }
+    if not tells_all(cases):
+        result["best_reader"] = score(as_answers(cases.reader), cases)
     for name, rule in cases.rules.items():
         result["rules"][name] = score(as_answers(rule), cases)
     return result
@@ -282,9 +335,9 @@ def print_line(title, figures):
 
 def print_results(results):
     """Print what `examine_run` has returned for each run; rules once where they score the same."""
-    blocks = {}  # what stands above the agents: reward, rules, untuned -> results
+    blocks = {}  # what stands above the agents, as JSON -> results
     for result in results:
-        head = json.dumps([result[key] for key in ("reward", "rules", "untuned")])
+        head = json.dumps([result[key] for key in ("reward", "rules", "untuned", "best_reader")])
         blocks.setdefault(head, []).append(result)
     for head, members in blocks.items():
         print_rules(*json.loads(head))
@@ -292,10 +345,13 @@ def print_results(results):
             print_agent(result)
 
 
-def print_rules(reward, rules, untuned):
-    """Print what simple rules and the untuned model score by a reward."""
+def print_rules(reward, rules, untuned, best_reader):
+    """Print what simple rules, the untuned model and the best reader score by a reward."""
     print(f"\n{reward:48}" + "".join(f"{name:>8}" for name in untuned))
-    for name, scores in {**rules, "untuned": untuned}.items():
+    lines = {**rules, "untuned": untuned}
+    if best_reader:
+        lines["best reader: the text does not tell which is C"] = best_reader
+    for name, scores in lines.items():
         print_line(f"  {name}", [leaf["p"] for leaf in scores.values()])
 
 

@@ -1,5 +1,6 @@
 """transfer.py: rules followed exactly, each column by plain loops, games and names that are new."""
 
+import itertools
 import json
 from functools import cache
 
@@ -9,6 +10,7 @@ import pytest
 import ceiling
 import envs
 import options
+import rewards
 import transfer
 import word_or_moral
 from conftest import copy_run, player_of, read_json, refused, run_training
@@ -258,6 +260,46 @@ def test_a_run_is_tested_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(transfer.DEVELOPMENT, "pairs", (("moon", "sun"),))
     transfer.main([str(run)])
     assert capsys.readouterr().out == given
+
+
+@pytest.mark.parametrize("layouts", [["original", "rows"], ["original", "rows", "columns"]])
+@pytest.mark.parametrize("reward, side", [("game+deontological", 0), ("kindness", 1)])
+def test_the_best_reader_knows_the_texts_alone(reward, side, layouts):
+    """Every text that training could show of a game, and what each word earns, a mean over them."""
+    config = {**SETTINGS, "layout": layouts, "reward": [reward]}
+    for cells_of_game in (((9, 0), (1, 5), (4, 8), (6, 2)), ((3, 7), (6, 1), (8, 8), (5, 0))):
+        earned = {}  # text -> word -> what it earns in each of the texts' readings
+        conditions = []
+        for game in (cells_of_game, cells_of_game[::-1]):
+            for names, layout in itertools.product((("K", "X"), ("X", "K")), layouts):
+                condition = Condition(game, names, layout, "brief")
+                conditions.append(condition)
+                payoffs = payoff_matrix(game, side)
+                points = rewards.expected_rewards(reward, payoffs, config)
+                for row, text in enumerate(envs.build_prompts(condition, side)):
+                    words = earned.setdefault(text, {"K": [], "X": []})
+                    for name, worth in zip(names, points[row // 4]):
+                        words[name].append(worth)
+        reader = transfer.best_reader(conditions, config, side)
+        for condition, p in zip(conditions, reader):
+            for row, text in enumerate(envs.build_prompts(condition, side)):
+                c, d = (np.mean(earned[text][name]) for name in condition.actions)
+                assert p[row // 4] == (c > d) if c != d else np.isnan(p[row // 4])
+
+
+def test_what_no_reader_can_know():
+    """In four layouts a text says nothing of C; in these two the first column is C's."""
+
+    def examine(reward, **config):
+        players = HandMade(follow(RULES["always C"]), reward=[reward], **config)
+        return transfer.examine_run(players, "run", transfer.DEVELOPMENT, "constrained")
+
+    kind = examine("kindness")
+    assert {leaf["p"] for leaf in kind["best_reader"].values()} == {0.5, None}
+    assert "best reader" in examine("game+deontological")["explained"]
+    for reward, layouts in (("kindness", ["rows", "original"]), ("utilitarian", list(LAYOUTS))):
+        told = examine(reward, layout=layouts)
+        assert told["best_reader"] is None and "best reader" not in told["explained"]
 
 
 def test_what_a_simple_rule_cannot_be_told_from():
