@@ -150,15 +150,32 @@ def tells_all(cases):
 
 
 def simple_rules(conditions, side):
-    """What could be followed instead of a moral: name -> P(C), float [N, state 4]."""
+    """What could be followed instead of a moral: name -> P(C), float [N, state 4].
+
+    Each takes the row of the largest: "lead", for example, of own points less the other's.
+    """
     payoffs = np.array([payoff_matrix(condition.game, side) for condition in conditions])
     first_row = [LAYOUTS[condition.layout][0][0] for condition in conditions]
-    by_game = {name: prefer(scores) for name, scores in envs.simple_scores(payoffs).items()}
+    own = payoffs[..., 0]
+    other = payoffs[..., 1]
+    scores = {
+        **envs.simple_scores(payoffs),  # those that contested games tell apart
+        "smallest cell": (own + other).min(axis=-1),  # keeps away from the smallest total
+        "largest own number": own.max(axis=-1),
+        "worst case": own.min(axis=-1),
+        "other's points": other.sum(axis=-1),
+        "lead": (own - other).sum(axis=-1),
+        "equal shares": -np.abs(own - other).sum(axis=-1),
+        "who gets less": np.minimum(own, other).sum(axis=-1),
+    }
+    by_game = {name: prefer(values) for name, values in scores.items()}
     by_game["always C"] = np.ones(len(conditions))
     by_game["always D"] = np.zeros(len(conditions))
     by_game["first row"] = np.array(first_row) == C
     rules = {name: np.repeat(p[:, None], 4, axis=1) for name, p in by_game.items()}
-    rules["tit for tat"] = np.tile(OTHER == C, (len(conditions), 1))
+    after_cooperation = np.tile(OTHER == C, (len(conditions), 1))
+    rules["tit for tat"] = after_cooperation
+    rules["C after C, else selfish"] = np.where(after_cooperation, 1, rules["selfish"])
     return {name: p.astype(float) for name, p in rules.items()}
 
 

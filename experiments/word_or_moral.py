@@ -4,9 +4,9 @@
     python experiments/word_or_moral.py right.json --out right.png
 
 A row for each reward, a mean over its runs, which may differ by nothing but their seed. First come
-the agents that were trained with one pair of names, then those that had more, at last the most that
-any simple rule gets in a column: not always the same rule, and never the reward itself. Results of
---final in a new wording are left out.
+the agents that were trained with one pair of names, then those that had more, at last the simple
+rule that does best in all new games, if it is not the reward itself. Results of --final in a new
+wording are left out.
 """
 
 import sys
@@ -35,15 +35,12 @@ def right_in(result):
 
 
 def best_rule_in(result):
-    """The most that a simple rule gets in each of NEW, not always the same; none is the reward."""
-    best = []
-    for column in ("all", "costs"):
-        scores = []
-        for name, rule in result["rules"].items():
-            if name not in result["own_rules"] and rule[column]["p"] is not None:
-                scores.append(rule[column]["p"])
-        best.append(max(scores, default=None))
-    return best
+    """P(right action) in NEW of the best simple rule in all games; none is the reward itself."""
+    scores = []
+    for name, rule in result["rules"].items():
+        if name not in result["own_rules"] and rule["all"]["p"] is not None:
+            scores.append([rule["all"]["p"], rule["costs"]["p"]])
+    return max(scores, default=[None, None])
 
 
 def read_results(path):
@@ -94,12 +91,12 @@ def plot(results, title=TITLE):
     fixed = [result for result in results if has_one_pair(result)]
     varied = [result for result in results if not has_one_pair(result)]
     panels = []  # (title, columns, float [reward, column])
-    for name, chosen in (("one pair of names", fixed), ("many names", varied)):
+    for name, chosen in (("one pair of names", fixed), ("more names", varied)):
         if chosen:
             check_groups(chosen, rewards)
             name = f"trained with {name} (runs: {len(chosen)})"
             panels.append((name, HOME + NEW, mean_of(chosen, rewards, right_in, HOME + NEW)))
-    panels.append(("best simple rules", NEW, mean_of(results, rewards, best_rule_in, NEW)))
+    panels.append(("best simple rule", NEW, mean_of(results, rewards, best_rule_in, NEW)))
     widths = [len(columns) for _, columns, _ in panels]
     size = (1.25 * sum(widths) + 1, 1.9 + 0.55 * len(rewards))
     ratios = {"width_ratios": widths}

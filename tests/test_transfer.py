@@ -68,14 +68,29 @@ def has_c_first(condition, side):
     return row.startswith(f"| {condition.actions[0]} |")
 
 
+def by(score):
+    """The rule that takes the row of the larger score, a function of two cells (own, other's)."""
+    return lambda c, d, *_: larger(score(*c), score(*d))
+
+
 RULES = {
-    "selfish": lambda c, d, *_: larger(sum(own for own, _ in c), sum(own for own, _ in d)),
-    "adds": lambda c, d, *_: larger(sum(map(sum, c)), sum(map(sum, d))),
-    "largest cell": lambda c, d, *_: larger(max(map(sum, c)), max(map(sum, d))),
-    "largest number": lambda c, d, *_: larger(max(map(max, c)), max(map(max, d))),
+    "selfish": by(lambda x, y: x[0] + y[0]),
+    "adds": by(lambda x, y: sum(x) + sum(y)),
+    "largest cell": by(lambda x, y: max(sum(x), sum(y))),
+    "largest number": by(lambda x, y: max(*x, *y)),
+    "smallest cell": by(lambda x, y: min(sum(x), sum(y))),
+    "largest own number": by(lambda x, y: max(x[0], y[0])),
+    "worst case": by(lambda x, y: min(x[0], y[0])),
+    "other's points": by(lambda x, y: x[1] + y[1]),
+    "lead": by(lambda x, y: x[0] - x[1] + y[0] - y[1]),
+    "equal shares": by(lambda x, y: -abs(x[0] - x[1]) - abs(y[0] - y[1])),
+    "who gets less": by(lambda x, y: min(x) + min(y)),
     "always C": lambda *_: True,
     "always D": lambda *_: False,
     "tit for tat": lambda c, d, condition, side, state: state in (0, 2),
+    "C after C, else selfish": lambda c, d, condition, side, state: (
+        state in (0, 2) or RULES["selfish"](c, d)
+    ),
     "first row": lambda c, d, condition, side, state: has_c_first(condition, side),
     "word": lambda c, d, condition, side, state: condition.actions[0] in ("X", "river"),
 }
@@ -105,9 +120,10 @@ def test_a_moral_that_is_no_simple_rule_has_a_name_of_its_own():
     """The learner on the second side, as trained and untuned, in points of that side."""
 
     def rule(c, d, condition, side, state):
-        return RULES["selfish"](c, d) if state % 2 else True  # never betray a cooperator
+        penalty = 3 if state in (0, 2) else 0  # of a betrayal; C is right by less, too
+        return larger(sum(own for own, _ in c) / 2, sum(own for own, _ in d) / 2 - penalty)
 
-    players = HandMade(follow(rule), reward=["game+deontological"], xi=100.0, side="opponent")
+    players = HandMade(follow(rule), reward=["game+deontological"], side="opponent")
     result = transfer.examine_run(players, "run", transfer.DEVELOPMENT, "constrained")
     assert next(iter(result["explained"].items())) == ("the game+deontological reward", 1.0)
     for agent in ("agent", "untuned"):
@@ -336,6 +352,8 @@ def result_of(reward, names, own, swapped, costs, seed=1):
     rules = {}
     for name, p in (("adds", 1.0), ("selfish", 0.75), ("largest cell", 0.8)):
         rules[name] = {"all": {"p": p}, "costs": {"p": p - 0.5}}
+    if reward == "game":
+        rules["adds"] = {"all": {"p": 0.95}, "costs": {"p": 0.1}}
     return {
         "reward": reward,
         "settings": {"reward": [reward], "actions": names, "seed": seed},
@@ -361,7 +379,7 @@ def test_the_picture(tmp_path, capsys):
     assert shown[0] == ["-"] * 4 + ["1.00", "0.00", "0.50", "0.50"]  # game first, as in the tables
     assert shown[1][:4] == ["1.00", "0.98", "0.99", "0.97"]
     assert shown[1][4:6] == ["0.80", "0.80"]
-    assert shown[2] == ["1.00", "0.50", "0.80", "0.30"]  # of game "adds" is another rule
+    assert shown[2] == ["0.95", "0.10", "0.80", "0.30"]  # one rule's row; never the reward's own
     assert "runs: 1" in fixed.get_title() and "runs: 3" in varied.get_title()
     assert [ax.get_title() for ax in alone] == [varied.get_title(), rules.get_title()]
     (tmp_path / "right.json").write_text(json.dumps(results))
