@@ -122,7 +122,7 @@ def share_of_illegal(measures):
 
 
 def print_line(title, width, measures):
-    """Policy, share of illegal answers, points, both regrets, and how often a group does right."""
+    """Policy, share of illegal answers, points, both regrets, and P(right) of a group."""
     leaves = [measures["policy"][state] for state in STATES]
     leaves.append({"mean": share_of_illegal(measures), "ci95": None})
     leaves.append(measures["reward"]["game"])
@@ -169,7 +169,7 @@ def print_head(results):
     opponent = " ".join(results["opponent"])
     names = " ".join(results["actions"])
     print(f"Against {opponent}, actions {names}, exact; {', '.join(asked)}")
-    print("right: how often an agent does what its own reward asks for in a round; - with --gamma")
+    print("right: P(the action that its own reward asks for), a mean over states; - with --gamma")
     if any(group["n"] > 1 for group in results["groups"]):
         print("±: 95 % over seeds (Student's t), conditional on the one base model.")
     tested = {

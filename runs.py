@@ -18,8 +18,8 @@ The columns of metrics.csv, those of a learning opponent with opponent_ before t
     phase               the reward that was trained for
     game, actions, layout, prompt   what was played; `shlex.split` reads the two names back
     reward, ..._regret  what was played: the mean reward of a round, and both moral regrets
-    right               how often the policy *before* this update does what the reward asks for; nan
-                        where no action is better, or with --gamma
+    right               P(what the reward asks for), a mean over states, of the policy *before* this
+                        update; nan where no action is better, or with --gamma
     p_C_after_CC ...    P(C | state) of the policy before this update
     count_C_after_C ... how often an action was played after the other's last move
     the others          see `Learner.report` in ppo.py

@@ -1,9 +1,9 @@
-"""Can the embedded model add at all? It is asked the question itself, in transfer.py's games.
+"""Can the embedded model add before it is fine-tuned? It is asked so, in transfer.py's games.
 
     python experiments/ceiling.py            # two minutes
 
-The embedded model was pretrained on such questions, with every layout (tiny/README.md), so this is
-about what a fine-tuned agent can draw on. The answer is held to the two names of a game.
+The embedded model was pretrained on such questions, with every layout (tiny/README.md). It is asked
+in a long wording, once a case, so an agent may do better. The answer is held to the two names.
 """
 
 import os
