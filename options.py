@@ -95,6 +95,11 @@ MORAL_OTHER = {
     "kl_final": 0.05,
 }
 
+# What these rewards ask for depends on which name stands for C. Random games do not show it, so in
+# their moral recipe the layout does: C has the first column.
+NEEDS_C = ("game+deontological", "kindness")
+C_FIRST = ["original", "rows"]
+
 RECIPES = ("quick", "paper", "moral")
 RECIPE_WORDS = (
     "quick; paper: its settings; moral: games, names and layouts vary, so that more than a word is "
@@ -103,12 +108,15 @@ RECIPE_WORDS = (
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 
 
-def preset(recipe, model, opponent=()):
-    """The settings of a recipe for a model, against an opponent in words: dict."""
+def preset(recipe, model, opponent=(), reward=()):
+    """The settings of a recipe for a model, an opponent in words, and the rewards: dict."""
     if recipe == "paper":
         return {**PAPER, "rounds": 3 if "learner" in opponent else 5}
     if recipe == "moral":
-        return MORAL if model == "tiny" else MORAL_OTHER
+        settings = MORAL if model == "tiny" else MORAL_OTHER
+        if {*NEEDS_C} & {*reward}:
+            return {**settings, "layout": C_FIRST}
+        return settings
     return EMBEDDED if model == "tiny" else OTHER
 
 
@@ -181,7 +189,7 @@ def parse(argv=None, description=""):
         return parse_resume(given, sys.argv[1:] if argv is None else argv)
     if not given.reward:
         raise InputError(f"choose one or more of {', '.join(rewards.REWARDS)}", "--reward")
-    parser.set_defaults(**preset(given.recipe, given.model, given.opponent))
+    parser.set_defaults(**preset(given.recipe, given.model, given.opponent, given.reward))
     args = parser.parse_args(argv)  # once more, over the recipe's defaults
     with about("--prompt"):
         args.prompt = [read_wording(word) for word in args.prompt]

@@ -318,6 +318,15 @@ def test_what_no_reader_can_know():
         assert told["best_reader"] is None and "best reader" not in told["explained"]
 
 
+@pytest.mark.parametrize("model", ["tiny", "google/gemma-2-2b-it"])
+@pytest.mark.parametrize("reward", rewards.REWARDS)
+def test_what_a_reward_asks_for_can_be_read_in_the_moral_recipe(reward, model, monkeypatch):
+    monkeypatch.setattr(transfer, "GAME_COUNT", 40)
+    command = ["--reward", reward, "--recipe", "moral", "--model", model, "--out", "never-written"]
+    settings = vars(options.parse(command)[0])
+    assert transfer.tells_all(transfer.make_cases(transfer.DEVELOPMENT, settings))
+
+
 def test_what_a_simple_rule_cannot_be_told_from():
     """By what it says, not by its name."""
     same = {"utilitarian": ["adds"], "game": ["selfish"], "kindness": ["always C"]}
