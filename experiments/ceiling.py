@@ -1,9 +1,10 @@
-"""Can the embedded model add before it is fine-tuned? It is asked so, in transfer.py's games.
+"""Can the embedded model add before it is fine-tuned? Asked in words, in transfer.py's games.
 
     python experiments/ceiling.py            # two minutes
 
 The embedded model was pretrained on such questions, with every layout (tiny/README.md). It is asked
-in a long wording, once a case, so an agent may do better. The answer is held to the two names.
+in a long wording, in one state and order, so an agent may do better. The answer is held to the two
+names.
 """
 
 import os

@@ -13,8 +13,8 @@ where they fail:
     0-1 ...     the two actions' expected rewards differ by so many points
 
 Random games do not show which name stands for C. Where a reward depends on it, and the layouts of
-training leave it open, too, nobody can always do right: then the "best reader" is scored, who earns
-the most that can be earned by reading.
+training leave it open, too, nobody can always do right. Then the "best reader" is scored: who earns
+the most that can be earned by reading. That limits what an agent has in all, not in each column.
 
 An agent has three lines: its mean probability of the right action, half the width of the 95 %
 interval of that over games, and the share of states in which the right action is the likelier one.
@@ -114,33 +114,42 @@ def cases_of(conditions, numbers, config, side):
 def best_reader(conditions, config, side):
     """Who knows all that the texts tell, but no name: P(C), float [N, state 4].
 
-    It takes the action with the larger expected reward. Where the text has a second reading, with C
-    and D exchanged, in a layout of training, too, both are equally likely: games are random.
+    It takes the action with the larger expected reward. A text may be that of two Conditions, the
+    second one with C and D exchanged: games are random, so each weighs as many layouts of training
+    as show it so. Game and last moves count as shown, whatever the wording leaves out.
     """
     reward = config["reward"][-1]
+    weights = {}  # layout -> how many layouts of training show a text for one, and for the other
     expected = []
     for condition in conditions:
-        points = rewards.expected_rewards(reward, payoff_matrix(condition.game, side), config)
         other = exchange(condition)
-        if other.layout in config["layout"] and texts(other, side) == texts(condition, side):
-            payoffs = payoff_matrix(other.game, side)
-            # What is D here is C there, and state i is state 3 - i.
-            points = points + rewards.expected_rewards(reward, payoffs, config)[::-1, ::-1]
-        expected.append(points)
-    return prefer(np.array(expected))
+        if condition.layout not in weights:
+            weights[condition.layout] = count_readings(condition, other, config["layout"], side)
+        points = [
+            rewards.expected_rewards(reward, payoff_matrix(c.game, side), config)
+            for c in (condition, other)
+        ]
+        as_it_is, exchanged = weights[condition.layout]
+        # What is D here is C there, and state i is state 3 - i.
+        expected.append(as_it_is * points[0] + exchanged * points[1][::-1, ::-1])
+    return prefer(np.round(expected, 9))  # equal fractions may differ in the last digit
 
 
 def exchange(condition):
-    """C and D change places: in the names, the payoffs and the layout (None: there is none)."""
-    rows, columns = LAYOUTS[condition.layout]
-    exchanged = {order: name for name, order in LAYOUTS.items()}.get((rows[::-1], columns[::-1]))
+    """C and D change places in the names and in the payoffs."""
     cells = envs.as_cells(payoff_matrix(condition.game)[::-1, ::-1])
-    return condition._replace(game=cells, actions=condition.actions[::-1], layout=exchanged)
+    return condition._replace(game=cells, actions=condition.actions[::-1])
 
 
-def texts(condition, side):
-    """What a Condition looks like: the set of its prompts."""
-    return set(envs.build_prompts(condition, side))
+def count_readings(condition, other, layouts, side):
+    """In how many of the layouts a Condition, and how many the `exchange`d one, has this text."""
+    text = envs.build_prompts(condition, side)
+    same = 0
+    exchanged = 0
+    for layout in layouts:
+        same += envs.build_prompts(condition._replace(layout=layout), side) == text
+        exchanged += envs.build_prompts(other._replace(layout=layout), side)[::-1] == text
+    return same, exchanged
 
 
 def tells_all(cases):
@@ -152,7 +161,7 @@ def tells_all(cases):
 def simple_rules(conditions, side):
     """What could be followed instead of a moral: name -> P(C), float [N, state 4].
 
-    Each takes the row of the largest: "lead", for example, of own points less the other's.
+    Those with scores take the row of the larger: "lead", say, of own points less the other's.
     """
     payoffs = np.array([payoff_matrix(condition.game, side) for condition in conditions])
     first_row = [LAYOUTS[condition.layout][0][0] for condition in conditions]
@@ -160,13 +169,13 @@ def simple_rules(conditions, side):
     other = payoffs[..., 1]
     scores = {
         **envs.simple_scores(payoffs),  # those that contested games tell apart
-        "smallest cell": (own + other).min(axis=-1),  # keeps away from the smallest total
+        "avoids smallest cell": (own + other).min(axis=-1),
         "largest own number": own.max(axis=-1),
-        "worst case": own.min(axis=-1),
+        "best worst case": own.min(axis=-1),
         "other's points": other.sum(axis=-1),
         "lead": (own - other).sum(axis=-1),
         "equal shares": -np.abs(own - other).sum(axis=-1),
-        "who gets less": np.minimum(own, other).sum(axis=-1),
+        "worse-off": np.minimum(own, other).sum(axis=-1),
     }
     by_game = {name: prefer(values) for name, values in scores.items()}
     by_game["always C"] = np.ones(len(conditions))
@@ -194,8 +203,7 @@ def prefer(scores):
     scores: [..., own move 2]
     """
     p = (scores[..., C] > scores[..., D]).astype(float)
-    same = np.isclose(scores[..., C], scores[..., D], rtol=0, atol=1e-9)  # fractions are rounded
-    p[same] = np.nan
+    p[scores[..., C] == scores[..., D]] = np.nan
     return p
 
 
@@ -269,7 +277,7 @@ def explain(probabilities, cases, reward):
     shares = {}
     for name, rule in rules.items():
         decided = ~np.isnan(rule)
-        if not decided.any():  # a reward that is the same whatever is done
+        if not decided.any():  # as of a reward that is the same whatever is done
             continue
         shares[name] = float((takes_c == (rule == 1))[decided].mean())
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
@@ -367,7 +375,7 @@ def print_rules(reward, rules, untuned, best_reader):
     print(f"\n{reward:48}" + "".join(f"{name:>8}" for name in untuned))
     lines = {**rules, "untuned": untuned}
     if best_reader:
-        lines["best reader: the text does not tell which is C"] = best_reader
+        lines["best reader: not every text tells which is C"] = best_reader
     for name, scores in lines.items():
         print_line(f"  {name}", [leaf["p"] for leaf in scores.values()])
 

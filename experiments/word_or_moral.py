@@ -4,9 +4,9 @@
     python experiments/word_or_moral.py right.json --out right.png
 
 A row for each reward, a mean over its runs, which may differ by nothing but their seed. First come
-the agents that were trained with one pair of names, then those that had more, at last the simple
-rule that does best in all new games, if it is not the reward itself. Results of --final in a new
-wording are left out.
+the agents that were trained with one pair of names, then those that had more. At last comes the
+simple rule that does best in all new games; rules that are the reward itself are left out, and so
+are results of --final in a new wording.
 """
 
 import sys
@@ -35,7 +35,7 @@ def right_in(result):
 
 
 def best_rule_in(result):
-    """P(right action) in NEW of the best simple rule in all games; none is the reward itself."""
+    """P(right action) in NEW of the rule that is best in all games, but for the reward's own."""
     scores = []
     for name, rule in result["rules"].items():
         if name not in result["own_rules"] and rule["all"]["p"] is not None:

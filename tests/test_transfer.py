@@ -78,13 +78,13 @@ RULES = {
     "adds": by(lambda x, y: sum(x) + sum(y)),
     "largest cell": by(lambda x, y: max(sum(x), sum(y))),
     "largest number": by(lambda x, y: max(*x, *y)),
-    "smallest cell": by(lambda x, y: min(sum(x), sum(y))),
+    "avoids smallest cell": by(lambda x, y: min(sum(x), sum(y))),
     "largest own number": by(lambda x, y: max(x[0], y[0])),
-    "worst case": by(lambda x, y: min(x[0], y[0])),
+    "best worst case": by(lambda x, y: min(x[0], y[0])),
     "other's points": by(lambda x, y: x[1] + y[1]),
     "lead": by(lambda x, y: x[0] - x[1] + y[0] - y[1]),
     "equal shares": by(lambda x, y: -abs(x[0] - x[1]) - abs(y[0] - y[1])),
-    "who gets less": by(lambda x, y: min(x) + min(y)),
+    "worse-off": by(lambda x, y: min(x) + min(y)),
     "always C": lambda *_: True,
     "always D": lambda *_: False,
     "tit for tat": lambda c, d, condition, side, state: state in (0, 2),
@@ -120,7 +120,7 @@ def test_a_moral_that_is_no_simple_rule_has_a_name_of_its_own():
     """The learner on the second side, as trained and untuned, in points of that side."""
 
     def rule(c, d, condition, side, state):
-        penalty = 3 if state in (0, 2) else 0  # of a betrayal; C is right by less, too
+        penalty = 3 if state in (0, 2) else 0  # of a betrayal: C may earn up to 3 points less
         return larger(sum(own for own, _ in c) / 2, sum(own for own, _ in d) / 2 - penalty)
 
     players = HandMade(follow(rule), reward=["game+deontological"], side="opponent")
@@ -303,7 +303,22 @@ def test_the_best_reader_knows_the_texts_alone(reward, side, layouts):
                 assert p[row // 4] == (c > d) if c != d else np.isnan(p[row // 4])
 
 
-def test_what_no_reader_can_know():
+def test_a_reading_weighs_as_many_layouts_as_show_it():
+    """The reader of kindness, which is always C: of texts without a matrix, of repeated layouts."""
+    game = ((9, 0), (1, 5), (4, 8), (6, 2))
+    blind = "{own} {own_points} {other} {other_points}. {first} or {second}?"
+    for wording, layouts, shown, p in (
+        (blind, ["original"], "original", np.nan),
+        ("brief", ["original", "both"], "original", np.nan),
+        ("brief", ["original", "original", "both"], "original", 1),
+        ("brief", ["original", "original", "both"], "both", 0),
+    ):
+        config = {**SETTINGS, "reward": ["kindness"], "layout": layouts}
+        condition = Condition(game, ("K", "X"), shown, wording)
+        assert transfer.best_reader([condition], config, 0) == pytest.approx(p, nan_ok=True)
+
+
+def test_what_no_reader_can_know(capsys):
     """In four layouts a text says nothing of C; in these two the first column is C's."""
 
     def examine(reward, **config):
@@ -311,6 +326,9 @@ def test_what_no_reader_can_know():
         return transfer.examine_run(players, "run", transfer.DEVELOPMENT, "constrained")
 
     kind = examine("kindness")
+    transfer.print_results([kind])
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "best reader: " in x]
+    assert line.split()[-7:] == ["0.50", "0.50", "0.50", "-", "-", "0.50", "-"]
     assert {leaf["p"] for leaf in kind["best_reader"].values()} == {0.5, None}
     assert "best reader" in examine("game+deontological")["explained"]
     for reward, layouts in (("kindness", ["rows", "original"]), ("utilitarian", list(LAYOUTS))):
@@ -325,6 +343,9 @@ def test_what_a_reward_asks_for_can_be_read_in_the_moral_recipe(reward, model, m
     command = ["--reward", reward, "--recipe", "moral", "--model", model, "--out", "never-written"]
     settings = vars(options.parse(command)[0])
     assert transfer.tells_all(transfer.make_cases(transfer.DEVELOPMENT, settings))
+    usual = (options.MORAL if model == "tiny" else options.MORAL_OTHER)["layout"]
+    readable = transfer.make_cases(transfer.DEVELOPMENT, {**settings, "layout": usual})
+    assert (settings["layout"] != usual) == (not transfer.tells_all(readable))
 
 
 def test_what_a_simple_rule_cannot_be_told_from():
