@@ -125,13 +125,11 @@ def best_reader(conditions, config, side):
         other = exchange(condition)
         if condition.layout not in weights:
             weights[condition.layout] = count_readings(condition, other, config["layout"], side)
-        points = [
-            rewards.expected_rewards(reward, payoff_matrix(c.game, side), config)
-            for c in (condition, other)
-        ]
-        as_it_is, exchanged = weights[condition.layout]
+        same, exchanged = weights[condition.layout]
+        here = rewards.expected_rewards(reward, payoff_matrix(condition.game, side), config)
+        there = rewards.expected_rewards(reward, payoff_matrix(other.game, side), config)
         # What is D here is C there, and state i is state 3 - i.
-        expected.append(as_it_is * points[0] + exchanged * points[1][::-1, ::-1])
+        expected.append(same * here + exchanged * there[::-1, ::-1])
     return prefer(np.round(expected, 9))  # equal fractions may differ in the last digit
 
 
