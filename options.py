@@ -96,7 +96,8 @@ MORAL_OTHER = {
 }
 
 # What these rewards ask for depends on which name stands for C. Random games do not show it, so in
-# their moral recipe the layout does: C has the first column.
+# their moral recipe the layout does: C has the first column. The deontological reward needs no such
+# help: to repeat the other's action is always right.
 NEEDS_C = ("game+deontological", "kindness")
 C_FIRST = ["original", "rows"]
 
